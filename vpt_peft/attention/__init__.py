@@ -1,0 +1,7 @@
+"""Prompts as keys and values: how they reach the attention of a block, and the arithmetic around them."""
+
+from .extras import AttentionExtras, project_key_values, project_queries
+from .intercept import attach_interceptor
+from .interface import PromptedConfig
+
+__all__ = ["AttentionExtras", "PromptedConfig", "attach_interceptor", "project_key_values", "project_queries"]

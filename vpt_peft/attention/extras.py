@@ -1,0 +1,109 @@
+"""What prompts add to one attention call, and the maps that make keys and values of prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vpt_peft.encoder import AttentionSpec, submodule
+from vpt_peft.encoder.maps import apply_head_map
+
+
+@dataclass
+class AttentionExtras:
+    """What one attention call gets from prompts.
+
+    Args:
+        keys, values: Of the prompts, `(batch or 1, heads, prompts, head_dim)`; `None` without key/value prompts.
+        temperature: Divides the logits of all tokens, a tensor of one element; `None` without.
+        inserted: (position, count) of prompt tokens that stand in the sequence; count 0 without.
+        queries: Of prompts that run beside windows, `(batch, heads, prompts, head_dim)`; `None` without.
+        mask: Additive mask over the prompts per image, `(batch, 1, 1, prompts)`; `None` if all are seen.
+        mask_open: The value float masks hold where attention is allowed.
+    """
+
+    keys: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    temperature: torch.Tensor | None = None
+    inserted: tuple[int, int] = (0, 0)
+    queries: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    mask_open: float = 0.0
+
+    @property
+    def prompts(self) -> int:
+        """Number of key/value prompts."""
+        return 0 if self.keys is None else self.keys.shape[-2]
+
+
+def _normed(block: nn.Module, spec: AttentionSpec, prompts: torch.Tensor) -> torch.Tensor:
+    return prompts if spec.norm is None else submodule(block, spec.norm)(prompts)
+
+
+def project_key_values(
+    block: nn.Module, spec: AttentionSpec, prompts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of prompts `(batch or 1, prompts, width)` through the block's own norm and maps.
+
+    Returns two tensors `(batch or 1, heads, prompts, head_dim)`. With a fused map it runs once.
+    """
+    if spec.key is None or spec.value is None:
+        raise ValueError("the attention's key and value maps are not known")
+    normed = _normed(block, spec, prompts)
+    attention = submodule(block, spec.path)
+    keys = apply_head_map(attention, spec.key, normed, spec.heads)
+    values = apply_head_map(attention, spec.value, normed, spec.heads)
+    return keys, values
+
+
+def project_queries(block: nn.Module, spec: AttentionSpec, prompts: torch.Tensor) -> torch.Tensor:
+    """Queries of prompts `(batch, prompts, width)`, as `(batch, heads, prompts, head_dim)`."""
+    if spec.query is None:
+        raise ValueError("the attention's query map is not known")
+    return apply_head_map(submodule(block, spec.path), spec.query, _normed(block, spec, prompts), spec.heads)
+
+
+def over_rows(per_image: torch.Tensor, rows: int) -> torch.Tensor:
+    """Expand `(batch or 1, ...)` to `rows` rows; with several rows per image (windows) images vary slowest."""
+    if per_image.shape[0] == 1:
+        return per_image.expand(rows, *per_image.shape[1:])
+    return per_image if per_image.shape[0] == rows else per_image.repeat_interleave(rows // per_image.shape[0], dim=0)
+
+
+def insert_columns(mask: torch.Tensor, dim: int, position: int, count: int, value: Any) -> torch.Tensor:
+    """`mask` with `count` entries of `value` put in at `position` of dimension `dim`."""
+    shape = list(mask.shape)
+    shape[dim] = count
+    opened = torch.full(shape, value, dtype=mask.dtype, device=mask.device)
+    before, after = mask.split([position, mask.shape[dim] - position], dim=dim)
+    return torch.cat([before, opened, after], dim=dim)
+
+
+def widen_mask(
+    mask: torch.Tensor, queries: int, keys: int, extras: AttentionExtras, value: float | None = None
+) -> torch.Tensor:
+    """Let all tokens see the prompts, and prompts see all tokens, in a mask that was made without them.
+
+    Args:
+        mask: Boolean (True is seen), additive, or a padding mask `(batch, keys)`; broadcastable to
+            `(batch, heads, queries, keys)`.
+        queries, keys: Lengths the attention call has before key/value prompts are put in front.
+        extras: The prompts.
+        value: What an additive mask gets; by default the value it holds where attention is allowed.
+    """
+    additive = extras.mask_open if value is None else value
+    opened: Any = additive if mask.is_floating_point() else 1
+    position, count = extras.inserted
+    if count:
+        if mask.shape[-1] == keys - count:
+            mask = insert_columns(mask, -1, position, count, opened)
+        if mask.dim() > 2 and mask.shape[-2] == queries - count and mask.shape[-2] > 1:
+            mask = insert_columns(mask, -2, position, count, opened)
+    if extras.prompts and mask.shape[-1] == keys:
+        mask = insert_columns(mask, -1, 0, extras.prompts, opened)
+    if extras.queries is not None and mask.dim() > 2 and mask.shape[-2] == queries and queries > 1:
+        mask = insert_columns(mask, -2, 0, extras.queries.shape[-2], opened)
+    return mask

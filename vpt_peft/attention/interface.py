@@ -1,0 +1,150 @@
+"""Prompts in encoders that call transformers' `AttentionInterface`, whatever attention function is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from .extras import AttentionExtras, over_rows, widen_mask
+
+if TYPE_CHECKING:
+    from vpt_peft.tuners.vpt.layer import VPTLayer
+
+PREFIX = "vpt_"
+
+
+class PromptedConfig:
+    """Stands in for the config of one attention module and differs in one answer: the name of the attention function.
+
+    The name is made from the wrapped config each time it is asked for, so a later `set_attn_implementation` holds and
+    keeps the prompts. The model's own config is not touched, so masks are made as without prompts.
+    """
+
+    def __init__(self, wrapped: Any, layer: VPTLayer) -> None:
+        self.wrapped = wrapped
+        self.layer = layer
+
+    @property
+    def _attn_implementation(self) -> str:
+        name = self.wrapped._attn_implementation or "eager"
+        prompted = PREFIX + name
+        if prompted not in AttentionInterface._global_mapping:
+            AttentionInterface.register(prompted, prompted_attention)
+        return prompted
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("wrapped", "layer") or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(name)
+        return getattr(self.wrapped, name)
+
+
+class _Unprompted:
+    """A view of an attention module that shows its own config, for functions that read the attention name from it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.config = module.config.wrapped
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+
+def prompted_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The attention function of a prompted block: the chosen one, on keys and values that include the prompts.
+
+    Args:
+        query, key, value: `(batch, heads, tokens, head_dim)`, from the module.
+        attention_mask: As the chosen function takes it: a tensor, a flex `BlockMask` or `None`.
+
+    Returns:
+        The output `(batch, tokens, heads, head_dim)` and the attention maps `(batch, heads, tokens, prompts + tokens)`
+        where the function returns them.
+    """
+    config = module.config
+    name = config.wrapped._attn_implementation or "eager"
+    function = _base_function(config, name)
+    extras = config.layer.attention_extras(query.dtype)
+    if extras is None:
+        return function(_seen_by(name, module), query, key, value, attention_mask, *args, **kwargs)
+    queries, keys, rows = query.shape[-2], key.shape[-2], query.shape[0]
+    if extras.temperature is not None:
+        query = query / extras.temperature
+    if attention_mask is not None:
+        attention_mask = _widen(attention_mask, queries, keys, rows, extras)
+    bias = kwargs.get("position_bias")
+    if bias is not None:
+        kwargs["position_bias"] = widen_mask(bias, queries, keys, extras, value=0.0)
+    if extras.keys is not None and extras.values is not None:
+        key = torch.cat([over_rows(extras.keys, rows), key], dim=2)
+        value = torch.cat([over_rows(extras.values, rows), value], dim=2)
+        if extras.mask is not None:
+            attention_mask = _hide_padding(attention_mask, extras.mask, keys, rows, query)
+    if extras.queries is not None:
+        query = torch.cat([over_rows(extras.queries, rows), query], dim=2)
+    output, maps = function(_seen_by(name, module), query, key, value, attention_mask, *args, **kwargs)
+    if extras.queries is not None:
+        beside, output = output.split([extras.queries.shape[2], queries], dim=1)
+        config.layer.receive_side_outputs(beside)
+        maps = maps[:, :, -queries:] if maps is not None else None
+    return output, maps
+
+
+def _base_function(config: PromptedConfig, name: str) -> Callable:
+    eager = config.layer.spec.attention.eager
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager) if name != "eager" else eager
+
+
+def _seen_by(name: str, module: nn.Module) -> Any:
+    """Flash and hub-kernel functions read the attention name from the module's config; they get to see the real one."""
+    return module if name in ("eager", "sdpa", "flex_attention") else _Unprompted(module)
+
+
+def _widen(mask: Any, queries: int, keys: int, rows: int, extras: AttentionExtras) -> Any:
+    if isinstance(mask, torch.Tensor):
+        return widen_mask(mask, queries, keys, extras)
+    return _widen_block_mask(mask, queries, keys, extras)
+
+
+def _widen_block_mask(mask: Any, queries: int, keys: int, extras: AttentionExtras) -> Any:
+    """A flex `BlockMask` with prompts in front of the keys (and among the tokens): rebuilt, it cannot be padded."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    position, count = extras.inserted
+    prompts, inner = extras.prompts, mask.mask_mod
+
+    def mask_mod(batch, head, query, key):
+        token = key - prompts
+        is_prompt = (token < 0) | ((token >= position) & (token < position + count))
+        is_prompt = is_prompt | ((query >= position) & (query < position + count))
+        token = torch.where(token >= position + count, token - count, token).clamp(0, keys - count - 1)
+        query = torch.where(query >= position + count, query - count, query).clamp(0, queries - count - 1)
+        return is_prompt | inner(batch, head, query, token)
+
+    batch, heads = mask.shape[:2]
+    return create_block_mask(mask_mod, batch, heads, queries, keys + prompts, device=mask.kv_num_blocks.device)
+
+
+def _hide_padding(
+    mask: torch.Tensor | None, hidden: torch.Tensor, keys: int, rows: int, query: torch.Tensor
+) -> torch.Tensor:
+    """Add the per-image mask over prompts to whatever mask there is."""
+    shape = (rows, 1, 1, hidden.shape[-1] + keys)
+    padded = torch.zeros(shape, dtype=query.dtype, device=query.device)
+    padded[..., : hidden.shape[-1]] = over_rows(hidden.to(query.dtype), rows)
+    if mask is None:
+        return padded.expand(-1, -1, query.shape[-2], -1)
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
+    return mask + padded

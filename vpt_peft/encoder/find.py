@@ -1,0 +1,327 @@
+"""Find the vision encoder in a model and describe it by running it once."""
+
+from __future__ import annotations
+
+import math
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .inputs import IMAGE_INPUTS, sample_inputs
+from .maps import match_map
+from .spec import AttentionSpec, BlockSpec, EncoderError, EncoderSpec
+from .trace import AttentionCall, Call, Trace, block_arguments, first_tensor, trace_encoder
+
+
+def find_encoder(model: nn.Module, backbone: str | None = None) -> EncoderSpec:
+    """The vision encoder inside `model`, described by one forward pass on a small random input.
+
+    Args:
+        model: Any transformers model with a vision encoder in it.
+        backbone: Dotted path of the encoder, where a model holds several.
+
+    Raises:
+        EncoderError: No vision encoder is found, several are and `backbone` is not given, the path does not exist, or
+            the encoder is of a kind for which prompts are not defined.
+    """
+    if backbone is not None:
+        modules = dict(model.named_modules())
+        if backbone not in modules:
+            near = ", ".join(repr(path) for path, _ in _candidates(model)) or "none"
+            raise EncoderError(
+                f"backbone={backbone!r} is not a module of {type(model).__name__}; vision encoders it holds: {near}."
+            )
+        return describe_encoder(modules[backbone], backbone)
+    found = _candidates(model)
+    if not found:
+        raise EncoderError(
+            f"{type(model).__name__} has no vision encoder: no part of it takes `pixel_values`. Prompts are for vision "
+            "transformers; pass a transformers vision model or a model with a vision tower."
+        )
+    specs, failures = [], []
+    for path, encoder in found:
+        try:
+            specs.append(describe_encoder(encoder, path))
+        except EncoderError as error:
+            failures.append(str(error))
+    specs = [spec for spec in specs if not any(_inside(other.path, spec.path) for other in specs)]
+    if not specs:
+        raise EncoderError(" ".join(dict.fromkeys(failures)))
+    if len(specs) > 1:
+        paths = ", ".join(repr(spec.path) for spec in specs)
+        raise EncoderError(
+            f"{type(model).__name__} holds several vision encoders ({paths}): name the one to prompt with backbone=..."
+        )
+    return specs[0]
+
+
+def _is_stack(module: nn.Module) -> bool:
+    """A list of blocks; `nn.Sequential` counts where it repeats one class."""
+    if isinstance(module, nn.Sequential):
+        return len(module) > 1 and len({type(child) for child in module}) == 1
+    return isinstance(module, nn.ModuleList)
+
+
+def _inside(inner: str, outer: str) -> bool:
+    return inner != outer and (outer == "" or inner.startswith(outer + "."))
+
+
+def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The innermost models that take images; an outer one only where nothing inside it does."""
+    found = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, PreTrainedModel)
+        and any(name in signature(module.forward).parameters for name in IMAGE_INPUTS)
+        and any(_is_stack(child) for child in module.modules())
+    ]
+    return [
+        (path, module)
+        for path, module in found
+        if not any(_inside(inner, path) and _takes_images(other) for inner, other in found)
+    ]
+
+
+def _takes_images(module: nn.Module) -> bool:
+    """Whether a model embeds pixels itself: an inner stack of blocks only inherits the name of the input."""
+    return any(isinstance(child, (nn.Conv2d, nn.Conv3d)) for child in module.modules()) or any(
+        "patch" in path.rsplit(".", 1)[-1] and isinstance(child, nn.Linear) for path, child in module.named_modules()
+    )
+
+
+def describe_encoder(encoder: nn.Module, path: str = "") -> EncoderSpec:
+    """Trace `encoder` and describe its blocks, attention maps, norms and token layout.
+
+    Raises:
+        EncoderError: It does not run on any input made from its configuration, or prompts are not defined for it.
+    """
+    name = type(encoder).__name__
+    if any(parameter.is_meta for parameter in encoder.parameters()):
+        raise EncoderError(f"{name} is on the meta device: load its weights before prompts are attached.")
+    failure: Exception | None = None
+    for inputs in sample_inputs(encoder):
+        trace = trace_encoder(encoder, inputs)
+        failure = failure or trace.failure
+        if trace.failure is None and trace.attention:
+            return _describe(encoder, path, trace, inputs)
+    reason = f": {failure}" if failure is not None else ", or has no softmax attention"
+    raise EncoderError(f"{name} could not be run on a random input made from its configuration{reason}")
+
+
+def _describe(encoder: nn.Module, path: str, trace: Trace, inputs: dict[str, Any]) -> EncoderSpec:
+    lists = {p for p, module in encoder.named_modules() if _is_stack(module)}
+    chosen: dict[str, AttentionCall] = {}
+    for call in trace.attention:
+        block = _element_above(call.path, lists)
+        if block is not None and call.value is not None:
+            best = chosen.get(block)
+            if best is None or call.key.shape[-2] > best.key.shape[-2]:
+                chosen[block] = call
+    chosen = {block: call for block, call in chosen.items() if not any(_inside(other, block) for other in chosen)}
+    if not chosen:
+        raise EncoderError(f"{type(encoder).__name__} has no stack of blocks with softmax self-attention.")
+    runs = {call.path: call for call in reversed(trace.calls)}
+    order = sorted(chosen, key=lambda block: chosen[block].order)
+    blocks, known = [], {}
+    for block in order:
+        attention = chosen[block]
+        signature = (type(runs[block].module), attention.module.__class__, attention.path[len(block) :])
+        known[signature] = _describe_block(encoder, block, attention, runs, trace, known.get(signature))
+        blocks.append(known[signature])
+    first, last = runs[order[0]], runs[order[-1]]
+    images = first_tensor(inputs)
+    return EncoderSpec(
+        path=path,
+        blocks=tuple(blocks),
+        special=_special_positions(encoder, first, inputs),
+        final_norm=_final_norm(trace, last),
+        patch_embedding=next(
+            (c.path for c in trace.calls if isinstance(c.module, (nn.Conv2d, nn.Conv3d)) and c.order < first.order), None
+        ),
+        image_size=(images.shape[-2], images.shape[-1]) if images is not None and images.dim() >= 4 else None,
+        merges=_merges(trace, [runs[block] for block in order]),
+        model_type=str(getattr(encoder.config, "model_type", "")),
+    )
+
+
+def _element_above(path: str, lists: set[str]) -> str | None:
+    parts = path.split(".")
+    for end in range(len(parts), 0, -1):
+        if ".".join(parts[: end - 1]) in lists:
+            return ".".join(parts[:end])
+    return None
+
+
+def _describe_block(
+    encoder: nn.Module,
+    path: str,
+    attention: AttentionCall,
+    runs: dict[str, Call],
+    trace: Trace,
+    twin: BlockSpec | None,
+) -> BlockSpec:
+    block, call = runs[path], runs[attention.path]
+    if call.input is None or block.input is None:
+        raise EncoderError(f"{type(block.module).__name__} does not take its tokens as a tensor.")
+    below = [c for c in trace.calls if _inside(c.path, path)]
+    inner = [c for c in below if _inside(c.path, attention.path) and c.order <= call.order]
+    if twin is not None and twin.attention.key is not None:
+        query, key, value = twin.attention.query, twin.attention.key, twin.attention.value
+    else:
+        query, key, value = _match_maps(attention, inner)
+    heads = 0
+    if key is not None:
+        made_from = next(c for c in inner if c.path == f"{attention.path}.{key.path}")
+        if made_from.output is not None:
+            heads = made_from.output.shape[-1] // (key.parts * attention.key.shape[-1])
+        if made_from.input is not None and made_from.input.numel() < call.input.numel():
+            raise EncoderError(
+                f"{type(attention.module).__name__} attends to spatially reduced keys and values, for which Visual "
+                "Prompt Tuning is not defined; choose an encoder with full self-attention."
+            )
+    before = [c for c in below if c.order < call.order and not _inside(c.path, attention.path)]
+    mask = attention.mask
+    spec = AttentionSpec(
+        path=attention.path[len(path) + 1 :],
+        norm=_norm_before(before, call, path),
+        query=query,
+        key=key,
+        value=value,
+        out=next((c.path[len(attention.path) + 1 :] for c in inner[::-1] if hasattr(c.module, "weight")), None),
+        heads=heads,
+        head_dim=attention.value.shape[-1] if attention.value is not None else 0,
+        uses_interface=attention.uses_interface,
+        eager=attention.eager,
+        mask_open=_open_value(mask),
+    )
+    reason = _why_no_tokens(block, call, attention)
+    windowed = bool(reason) and block.input.dim() == 3 and 0 <= call.input.numel() - block.input.numel() and (
+        call.input.shape[0] > block.input.shape[0]
+    )
+    if twin is not None and twin.windowed:
+        # At the last resolution a single window can cover the grid; the block is of the windowed kind all the same.
+        windowed, reason = True, twin.no_tokens_reason
+    return BlockSpec(
+        path=path,
+        width=call.input.shape[-1],
+        tokens=math.prod(block.input.shape[1:-1]),
+        attention=spec,
+        argument=block.argument,
+        takes_tokens=not reason,
+        no_tokens_reason=reason,
+        windowed=windowed,
+        tail=_tail(below, block, call) if windowed else (),
+    )
+
+
+def _match_maps(attention: AttentionCall, inner: list[Call]):
+    """Query, key and value maps; all `None` where keys or values are not found."""
+    if attention.value is not None:
+        query, key, value = (
+            match_map(attention.module, inner, target, attention.path, name)
+            for name, target in (("query", attention.query), ("key", attention.key), ("value", attention.value))
+        )
+        if key is not None and value is not None:
+            return query, key, value
+    return None, None, None
+
+
+def _norm_before(before: list[Call], attention: Call, block: str) -> str | None:
+    """The norm that made the attention's input: by identity of the tensor, else the last one that ran before."""
+    norms = [c for c in before if "norm" in type(c.module).__name__.lower() and c.output is not None]
+    made_it = [c for c in norms if c.output is attention.input]
+    chosen = (made_it or norms)[-1:]
+    return chosen[0].path[len(block) + 1 :] if chosen else None
+
+
+def _open_value(mask: torch.Tensor | None) -> float:
+    """The value a two-valued float mask holds where attention is allowed: 0 but for encoders that mask with 1."""
+    if mask is None or mask.dtype == torch.bool or not mask.is_floating_point():
+        return 0.0
+    values = mask.unique()
+    return float(values.max()) if values.numel() == 2 and values.min() < -1e3 else 0.0
+
+
+def _why_no_tokens(block: Call, call: Call, attention: AttentionCall) -> str:
+    tokens, inputs = block.input, call.input
+    if tokens is None or inputs is None or tokens.dim() != 3:
+        return "its blocks see the tokens as a grid"
+    if inputs.dim() != 3 or inputs.shape[0] != tokens.shape[0] or attention.key.dim() not in (3, 4):
+        return "its blocks cut the tokens into windows or merge windows"
+    if attention.key.shape[-2] < tokens.shape[1]:
+        return "its attention regroups the tokens"
+    return ""
+
+
+def _tail(below: list[Call], block: Call, attention: Call) -> tuple[str, ...]:
+    """Direct children of a windowed block from its second norm to its end, if `x + tail(x)` is the block's output."""
+    depth = block.path.count(".") + 1
+    after = sorted(
+        (c for c in below if c.path.count(".") == depth and c.order > attention.order and c.input is not None),
+        key=lambda c: c.order,
+    )
+    start = next((i for i, c in enumerate(after) if "norm" in type(c.module).__name__.lower()), None)
+    if start is None or block.output is None:
+        return ()
+    tokens = result = after[start].input
+    with torch.no_grad():
+        for child in after[start:]:
+            result = child.module(result)
+    if tokens is None or not torch.allclose(tokens + result, block.output.reshape_as(tokens), rtol=1e-3, atol=1e-4):
+        return ()
+    return tuple(child.path[len(block.path) + 1 :] for child in after[start:])
+
+
+def _final_norm(trace: Trace, last: Call) -> str | None:
+    """The norm that reads all tokens of the last block."""
+    for call in trace.calls:
+        if call.order > last.order and call.input is not None and last.output is not None:
+            norm = "norm" in type(call.module).__name__.lower() and not any(True for _ in call.module.children())
+            if norm and call.input.dim() == 3 and call.input.shape == last.output.shape:
+                return call.path
+    return None
+
+
+def _merges(trace: Trace, blocks: list[Call]) -> tuple[tuple[int, tuple[str, ...]], ...]:
+    found = []
+    for index, (before, after) in enumerate(zip(blocks, blocks[1:], strict=False), start=1):
+        if before.output is None or after.input is None or before.output.shape[-1] == after.input.shape[-1]:
+            continue
+        merge = next((c for c in trace.calls if c.output is after.input and c.input is before.output), None)
+        if merge is not None:
+            children = [c for c in trace.calls if _inside(c.path, merge.path) and c.order < merge.order]
+            found.append((index, tuple(c.path for c in sorted(children, key=lambda c: c.order))))
+    return tuple(found)
+
+
+def _special_positions(encoder: nn.Module, first: Call, inputs: dict[str, Any]) -> tuple[int, ...]:
+    """Positions of the first block's input that change when a token parameter does."""
+    if first.input is None or first.input.dim() != 3:
+        return ()
+
+    def block_input() -> torch.Tensor:
+        args, kwargs = block_arguments(encoder, first.module, inputs)
+        return kwargs[first.argument] if first.argument else args[0]
+
+    positions: set[int] = set()
+    base = None
+    for name, parameter in encoder.named_parameters():
+        leaf = name.rsplit(".", 1)[-1]
+        is_token = ("token" in leaf or "class_embedding" in leaf or leaf == "cls") and "mask" not in leaf
+        if not is_token or parameter.shape[-1] != first.input.shape[-1] or parameter.numel() > 4096 * parameter.shape[-1]:
+            continue
+        base = block_input() if base is None else base
+        kept = parameter.detach().clone()
+        try:
+            with torch.no_grad():
+                parameter.add_(torch.randn_like(parameter))
+            moved = (block_input() - base).abs().amax(dim=(0, 2)) > 1e-6
+        finally:
+            with torch.no_grad():
+                parameter.copy_(kept)
+        if not moved.all():
+            positions.update(torch.nonzero(moved).flatten().tolist())
+    return tuple(sorted(positions))

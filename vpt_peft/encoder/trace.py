@@ -1,0 +1,210 @@
+"""Run an encoder once on a small random input and record which modules and attention calls take part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers.modeling_utils import AttentionInterface
+
+MATRIX_PRODUCTS = frozenset(
+    {torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.bmm, torch.Tensor.__matmul__}
+)
+SOFTMAXES = frozenset({torch.softmax, torch.nn.functional.softmax, torch.Tensor.softmax})
+SDPA = torch.nn.functional.scaled_dot_product_attention
+
+
+@dataclass
+class Call:
+    """One execution of a module: its path, first tensor argument (its name, if by keyword) and first tensor output."""
+
+    path: str
+    module: nn.Module
+    input: torch.Tensor | None
+    argument: str | None = None
+    output: torch.Tensor | None = None
+    order: int = -1
+
+
+@dataclass
+class AttentionCall:
+    """One softmax attention inside a module: `query`, `key`, `value` as the attention arithmetic received them."""
+
+    path: str
+    module: nn.Module
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor | None
+    mask: torch.Tensor | None = None
+    uses_interface: bool = False
+    eager: Callable | None = None
+    order: int = -1
+
+
+@dataclass
+class Trace:
+    """All calls of one forward pass; `order` counts finished modules and attention calls."""
+
+    calls: list[Call] = field(default_factory=list)
+    attention: list[AttentionCall] = field(default_factory=list)
+    failure: Exception | None = None
+
+
+def first_tensor(value: Any) -> torch.Tensor | None:
+    """The first tensor in a nest of tuples, lists and dicts (hidden states come first in every block)."""
+    if isinstance(value, torch.Tensor):
+        return value
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return next((found for item in items if (found := first_tensor(item)) is not None), None)
+
+
+class Recorder(TorchFunctionMode):
+    """Watches modules, `AttentionInterface` look-ups and softmax attention while active."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.paths = {module: path for path, module in encoder.named_modules()}
+        self.stack: list[Call] = []
+        self.trace = Trace()
+        self.products: list[tuple[Call, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self.inside_interface = False
+        self.count = 0
+
+    def enter_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens, argument = first_tensor(args), None
+        if tokens is None:
+            argument = next((name for name, value in kwargs.items() if isinstance(value, torch.Tensor)), None)
+            argument = "hidden_states" if "hidden_states" in kwargs else argument
+            tokens = kwargs.get(argument)
+        self.stack.append(Call(self.paths[module], module, tokens, argument))
+
+    def leave_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        call = self.stack.pop()
+        call.output, call.order = first_tensor(output), self.tick()
+        self.trace.calls.append(call)
+
+    def tick(self) -> int:
+        self.count += 1
+        return self.count
+
+    def get_interface(self, name: str, default: Callable) -> Callable:
+        def traced(module, query, key, value, attention_mask=None, *args, **kwargs):
+            mask = attention_mask if isinstance(attention_mask, torch.Tensor) else None
+            path = self.paths.get(module, "")
+            call = AttentionCall(path, module, query, key, value, mask, True, default, self.tick())
+            self.trace.attention.append(call)
+            self.inside_interface = True
+            try:
+                return default(module, query, key, value, mask, *args, **kwargs)
+            finally:
+                self.inside_interface = False
+
+        return traced
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if self.stack and not self.inside_interface:
+            if func in MATRIX_PRODUCTS:
+                self.see_product(args[0], args[1], result)
+            elif func in SOFTMAXES:
+                self.see_softmax(args[0] if args else kwargs["input"])
+            elif func is SDPA:
+                names = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
+                top = self.stack[-1]
+                self.trace.attention.append(
+                    AttentionCall(
+                        top.path, top.module, names["query"], names["key"], names["value"], names.get("attn_mask"),
+                        order=self.tick(),
+                    )
+                )  # fmt: skip
+        return result
+
+    def see_product(self, left: torch.Tensor, right: torch.Tensor, result: torch.Tensor) -> None:
+        waiting = self.trace.attention[-1] if self.trace.attention else None
+        if waiting is not None and waiting.value is None and waiting.module is self.stack[-1].module:
+            if left.shape[-1] == waiting.key.shape[-2] == right.shape[-2]:
+                waiting.value = right
+                return
+        self.products.append((self.stack[-1], left, right, result))
+
+    def see_softmax(self, scores: torch.Tensor) -> None:
+        top = self.stack[-1]
+        for call, left, right, result in reversed(self.products):
+            if call is top and result.shape[-2:] == scores.shape[-2:]:
+                key = right.transpose(-1, -2)
+                self.trace.attention.append(AttentionCall(top.path, top.module, left, key, None, order=self.tick()))
+                return
+
+
+@contextmanager
+def in_eval(module: nn.Module) -> Iterator[None]:
+    """Put a module in eval mode and give every submodule its own mode back afterwards."""
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, mode in modes:
+            child.training = mode
+
+
+def trace_encoder(encoder: nn.Module, inputs: dict[str, Any]) -> Trace:
+    """One forward pass of `encoder` under a recorder, in eval mode, without gradients or random side effects.
+
+    A failing forward pass is reported in `Trace.failure`, with what was seen up to then.
+    """
+    recorder = Recorder(encoder)
+    removers = []
+    for module in recorder.paths:
+        removers.append(module.register_forward_pre_hook(recorder.enter_module, with_kwargs=True))
+        removers.append(module.register_forward_hook(recorder.leave_module, with_kwargs=True))
+
+    def get_interface(interface, name, default):
+        return recorder.get_interface(name, default)
+
+    try:
+        with (
+            in_eval(encoder),
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[]),
+            patch.object(AttentionInterface, "get_interface", get_interface),
+            recorder,
+        ):
+            encoder(**inputs)
+    except Exception as failure:
+        recorder.trace.failure = failure
+    finally:
+        for remover in removers:
+            remover.remove()
+    return recorder.trace
+
+
+class _Reached(Exception):
+    """Ends a forward pass at a block whose arguments are wanted."""
+
+
+def block_arguments(encoder: nn.Module, block: nn.Module, inputs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The positional and keyword arguments `block` receives when `encoder` runs on `inputs`; it stops there."""
+    seen: list[tuple[tuple, dict[str, Any]]] = []
+
+    def stop(module, args, kwargs):
+        seen.append((args, kwargs))
+        raise _Reached
+
+    handle = block.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with in_eval(encoder), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            encoder(**inputs)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return seen[0]

@@ -1,0 +1,46 @@
+"""Find the task head of a model: what stands outside its vision encoder and was not pre-trained with it."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .encoder import EncoderSpec
+
+
+def find_task_head(model: nn.Module, spec: EncoderSpec) -> list[str]:
+    """Dotted paths of the modules that make up the task head, empty for a bare backbone.
+
+    A head is what has parameters beside the path from a model "for" a task down to its encoder. Models that hold a
+    language model beside the encoder have no head: all their parts are pre-trained.
+    """
+    if "For" not in type(model).__name__:
+        return []
+    found: list[str] = []
+    path, module = "", model
+    for name in spec.path.split(".") if spec.path else ():
+        siblings = [(f"{path}{other}", child) for other, child in module.named_children() if other != name]
+        if any(_has_language_model(child) for _, child in siblings):
+            return []
+        found += [sibling for sibling, child in siblings if _has_parameters(child)]
+        path, module = f"{path}{name}.", getattr(module, name)
+    if spec.path == "":
+        found = [name for name, child in model.named_children() if _has_parameters(child) and _outside(name, child, spec)]
+    return found
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
+
+
+def _has_language_model(module: nn.Module) -> bool:
+    return any(
+        isinstance(child, PreTrainedModel) and getattr(child, "main_input_name", "") == "input_ids"
+        for child in module.modules()
+    )
+
+
+def _outside(name: str, child: nn.Module, spec: EncoderSpec) -> bool:
+    inside = [block.path for block in spec.blocks]
+    inside += [path for path in (spec.final_norm, spec.patch_embedding) if path is not None]
+    return not any(path == name or path.startswith(name + ".") for path in inside)

@@ -1,0 +1,5 @@
+"""Data-driven starts of prompts."""
+
+
+def initialize_prompts():
+    raise RuntimeError

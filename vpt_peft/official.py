@@ -1,0 +1,261 @@
+"""Configurations and prompts of the official VPT and gated prompt tuning codes, in and out.
+
+The fields are those of the codes' `MODEL.PROMPT` (KMnP/vpt, ryongithub/GatedPromptTuning); the parameters have the
+codes' names.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .tuners import GatedVPTConfig, VPTConfig
+from .tuners.vpt.plan import prompted_blocks
+from .tuners.vpt.prompts import Prompt
+from .tuners.vpt.store import VPTPromptStore, find_store
+
+FAMILIES = ("vit", "moco", "mae", "swin")
+LOCATIONS = {
+    "prepend": "prepend",
+    "add": "add",
+    "add-1": "add_shared",
+    "prepend-pixel": "prepend_pixel",
+    "pad": "pad",
+    "below": "channel",
+}
+POOLINGS = {"original": None, "img_pool": "image", "prompt_pool": "prompt", "imgprompt_pool": "image_prompt"}
+DEFAULTS: dict[str, Any] = {
+    "NUM_TOKENS": 5,
+    "LOCATION": "prepend",
+    "INITIATION": "random",
+    "PROJECT": -1,
+    "DEEP": False,
+    "NUM_DEEP_LAYERS": None,
+    "REVERSE_DEEP": False,
+    "DEEP_SHARED": False,
+    "FORWARD_DEEP_NOEXPAND": False,
+    "VIT_POOL_TYPE": "original",
+    "DROPOUT": 0.0,
+    "GATE_PRIOR": False,
+    "GATE_NUM": None,
+    "GATE_INIT": 5.0,
+    "TEMP_LEARN": False,
+    "TEMP_NUM": None,
+    "TEMP_MIN": 0.01,
+    "TEMP_MAX": 10.0,
+}
+IGNORED = ("CLSEMB_FOLDER", "CLSEMB_PATH", "SAVE_FOR_EACH_EPOCH")
+
+
+def _choice(name: str, value: Any, choices: Mapping[Any, Any]) -> Any:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}.")
+    return choices[value]
+
+
+def config_from_official(prompt_fields: Mapping[str, Any], family: str = "vit") -> VPTConfig:
+    """The configuration that an official `MODEL.PROMPT` node describes.
+
+    Args:
+        prompt_fields: The node's fields; a missing field has the official default.
+        family: Which of the official backbones: "vit" (supervised), "moco", "mae" or "swin". It decides what
+            `VIT_POOL_TYPE: original` means and on which side of the final norm means are taken.
+
+    Returns:
+        A [`GatedVPTConfig`] if `GATE_PRIOR` or `TEMP_LEARN` is set, else a [`VPTConfig`].
+
+    Raises:
+        ValueError: The family or a field's value is unknown.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"family={family!r} must be one of {', '.join(map(repr, FAMILIES))}.")
+    unknown = sorted(set(prompt_fields) - set(DEFAULTS) - set(IGNORED))
+    if unknown:
+        warnings.warn(f"fields of MODEL.PROMPT that are not known and have no effect: {', '.join(unknown)}", stacklevel=2)
+    fields = {**DEFAULTS, **prompt_fields}
+    if fields["INITIATION"] != "random":
+        warnings.warn(
+            f"INITIATION={fields['INITIATION']!r}: prompts start at random; call initialize_prompts for a start from data.",
+            stacklevel=2,
+        )
+    pooling = _choice("VIT_POOL_TYPE", fields["VIT_POOL_TYPE"], POOLINGS)
+    if pooling is None and family in ("mae", "swin"):
+        pooling = "image_prompt"
+    arguments: dict[str, Any] = {
+        "num_virtual_tokens": fields["NUM_TOKENS"],
+        "prompt_location": _choice("LOCATION", fields["LOCATION"], LOCATIONS),
+        "pooling": pooling,
+        "pool_before_norm": pooling is not None and family in ("moco", "mae"),
+        "prompt_dropout": float(fields["DROPOUT"]),
+        "projection_dim": None if fields["PROJECT"] in (-1, None) else fields["PROJECT"],
+    }
+    if fields["GATE_PRIOR"] or fields["TEMP_LEARN"]:
+        return GatedVPTConfig(
+            **arguments,
+            gate="scalar" if fields["GATE_PRIOR"] else "none",
+            gate_init=float(fields["GATE_INIT"]),
+            num_gates=fields["GATE_NUM"] if fields["GATE_PRIOR"] else None,
+            attention_temperature=bool(fields["TEMP_LEARN"]),
+            temperature_min=float(fields["TEMP_MIN"]),
+            temperature_max=float(fields["TEMP_MAX"]),
+        )
+    arguments["deep"] = bool(fields["DEEP"])
+    if fields["DEEP"] and fields["NUM_DEEP_LAYERS"] is not None:
+        arguments["layers_to_transform"] = list(range(fields["NUM_DEEP_LAYERS"]))
+        arguments["layers_from_end"] = bool(fields["REVERSE_DEEP"])
+    arguments["share_prompts"] = bool(fields["DEEP"] and fields["DEEP_SHARED"])
+    arguments["propagate"] = not fields["FORWARD_DEEP_NOEXPAND"]
+    return VPTConfig(**arguments)
+
+
+def _store_of(model: nn.Module, adapter_name: str) -> VPTPromptStore:
+    store = find_store(model)
+    if store is None or adapter_name not in store.configs:
+        known = "none" if store is None else ", ".join(map(repr, store.configs)) or "none"
+        raise ValueError(f"adapter_name={adapter_name!r} is not a prompt adapter of this model; it has: {known}.")
+    return store
+
+
+def _stage_names(store: VPTPromptStore, own: list[int]) -> list[tuple[str, list[int]]]:
+    """Official names of the deep prompts and the blocks in each: one per stage for hierarchical encoders."""
+    if own and own[0] == 0:
+        own = own[1:]
+    if not store.spec.merges:
+        return [("deep_prompt_embeddings", own)] if own else []
+    starts = [0, *(index for index, _ in store.spec.merges), len(store.spec.blocks)]
+    stages = [[i for i in own if a <= i < b] for a, b in zip(starts, starts[1:], strict=False)]
+    return [(f"deep_prompt_embeddings_{stage}", blocks) for stage, blocks in enumerate(stages) if blocks]
+
+
+def _layout(store: VPTPromptStore, name: str) -> dict[str, list[tuple[str, str | None, int]]]:
+    """For each official parameter the values it is made of, as (part, entry, dimensions to drop from the front)."""
+    config = store.configs[name]
+    entries = store.part(name, "prompts")
+    layout: dict[str, list[tuple[str, str | None, int]]] = {}
+    if config.prompt_location == "pad":
+        layout = {f"prompt_embeddings_{key}": [("prompts", key, 1)] for key in ("tb", "lr")}
+    elif config.prompt_location == "channel":
+        layout["prompt_embeddings"] = [("prompts", "0", 1)]
+        layout["patch_embeddings"] = [("patch_embedding", None, 0)]
+    else:
+        own = prompted_blocks(config, store.spec)
+        if config.share_prompts:
+            layout["prompt_embeddings"] = [("prompts", next(iter(entries)), 1)]
+        else:
+            if own[0] == 0:
+                layout["prompt_embeddings"] = [("prompts", "0", 1)]
+            for official, blocks in _stage_names(store, own):
+                layout[official] = [("prompts", str(block), 1) for block in blocks]
+    if store.part(name, "projection") is not None:
+        layout["prompt_proj"] = [("projection", None, 0)]
+    gates, temperatures = store.part(name, "gates"), store.part(name, "temperatures")
+    if gates is not None:
+        layout["gate_logit"] = [("gates", key, 0) for key in gates]
+    if temperatures is not None:
+        layout["temp"] = [("temperatures", key, 0) for key in temperatures]
+    return layout
+
+
+def _is_module(official: str) -> bool:
+    return official in ("prompt_proj", "patch_embeddings")
+
+
+def official_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
+    """An adapter's values under the official codes' parameter names, as copies.
+
+    Raises:
+        ValueError: The model has no such adapter, or the official codes have no name for what it holds.
+    """
+    store = _store_of(model, adapter_name)
+    if getattr(store.configs[adapter_name], "gate", None) == "elementwise":
+        raise ValueError("gate='elementwise': the official code has no parameters for this gate.")
+    result: dict[str, torch.Tensor] = {}
+    for official, values in _layout(store, adapter_name).items():
+        modules = [store.part(adapter_name, part, key) for part, key, _ in values]
+        if _is_module(official):
+            for leaf, parameter in modules[0].named_parameters():
+                result[f"{official}.{leaf}"] = parameter.detach().clone()
+        elif values[0][2]:
+            result[official] = torch.stack([module.weight.detach() for module in modules])
+        else:
+            result[official] = torch.cat([module.weight.detach() for module in modules])
+    return result
+
+
+def _find(state_dict: Mapping[str, torch.Tensor], name: str) -> torch.Tensor | None:
+    found = [key for key in state_dict if key == name or key.endswith("." + name)]
+    if len(found) > 1:
+        raise ValueError(f"{name!r} occurs {len(found)} times in the state dict: {', '.join(sorted(found))}.")
+    return state_dict[found[0]] if found else None
+
+
+def load_official_state_dict(
+    model: nn.Module, state_dict: Mapping[str, torch.Tensor], adapter_name: str = "default"
+) -> None:
+    """Put an official checkpoint's prompts into an adapter.
+
+    Args:
+        model: A model with the adapter, attached with the configuration of [`config_from_official`].
+        state_dict: Parameters under the official names, behind any prefix; everything else in it is ignored.
+        adapter_name: The adapter.
+
+    Raises:
+        ValueError: Parameters are missing or misshapen (all are listed), or the model has no such adapter. Nothing is
+            changed then.
+    """
+    store = _store_of(model, adapter_name)
+    if getattr(store.configs[adapter_name], "gate", None) == "elementwise":
+        raise ValueError("gate='elementwise': the official code has no parameters for this gate.")
+    frame = _fitting_frame(store, adapter_name, state_dict)
+    wrong: list[str] = []
+    copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for official, values in _layout(store, adapter_name).items():
+        modules = [frame.get(key) or store.part(adapter_name, part, key) for part, key, _ in values]
+        targets = (
+            {f"{official}.{leaf}": [parameter] for leaf, parameter in modules[0].named_parameters()}
+            if _is_module(official)
+            else {official: [module.weight for module in modules]}
+        )
+        for name, parameters in targets.items():
+            tensor = _find(state_dict, name)
+            stacked = bool(values[0][2])
+            shape = (len(parameters), *parameters[0].shape) if stacked else tuple(parameters[0].shape)
+            shape = (len(parameters),) if not stacked and not _is_module(official) else shape
+            if tensor is None:
+                wrong.append(f"{name} is missing (shape {shape})")
+            elif tuple(tensor.shape) != shape:
+                wrong.append(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+            else:
+                parts = [tensor] if _is_module(official) else list(tensor.unbind(0))
+                copies += [(p, part.reshape(p.shape)) for p, part in zip(parameters, parts, strict=True)]
+    if wrong:
+        raise ValueError(f"the official state dict does not fit adapter {adapter_name!r}: {'; '.join(wrong)}.")
+    with torch.no_grad():
+        for parameter, value in copies:
+            parameter.copy_(value)
+    for key, prompt in frame.items():
+        store.part(adapter_name, "prompts")[key] = prompt
+
+
+def _fitting_frame(
+    store: VPTPromptStore, name: str, state_dict: Mapping[str, torch.Tensor]
+) -> dict[str | None, Prompt]:
+    """For 'pad', prompts for the image size of the checkpoint, where it differs from the one assumed at attach time."""
+    if store.configs[name].prompt_location != "pad":
+        return {}
+    rows, columns = (_find(state_dict, f"prompt_embeddings_{key}") for key in ("tb", "lr"))
+    width = 2 * store.configs[name].num_virtual_tokens
+    if rows is None or columns is None or rows.dim() != 4 or columns.dim() != 4:
+        return {}
+    if rows.shape[:3] != (1, 3, width) or columns.shape[:2] != (1, 3) or columns.shape[3] != width:
+        return {}
+    made: dict[str | None, Prompt] = {}
+    for key, tensor in (("tb", rows), ("lr", columns)):
+        old = store.part(name, "prompts", key)
+        made[key] = Prompt(*tensor.shape[1:], device=old.weight.device, dtype=old.weight.dtype)
+        made[key].weight.requires_grad_(old.weight.requires_grad)
+    return made

@@ -1,0 +1,74 @@
+"""Configuration of gated prompt tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vpt_peft.registration import add_peft_type
+from vpt_peft.tuners.vpt.config import VPTConfig, check_choice, check_flag, check_float, check_int
+
+
+@dataclass
+class GatedVPTConfig(VPTConfig):
+    """Configuration of gated prompt tuning (Yoo et al., ICML 2023, arXiv 2306.05067), for self-supervised ViTs.
+
+    One set of prompts enters at the first block; gates decide how far each block's outputs replace its inputs, and a
+    learnable temperature per block shapes the attention of all its tokens.
+
+    Raises:
+        TypeError: A field has a value of the wrong type.
+        ValueError: A value is out of range, or a combination of fields has no meaning.
+    """
+
+    deep: bool = field(default=False, metadata={"help": "Always False: one set of prompts enters at the first block."})
+    gate: Literal["scalar", "elementwise", "none"] = field(
+        default="scalar",
+        metadata={"help": "One scalar per block; a linear-sigmoid gate with residual; or no gate."},
+    )
+    gate_init: float = field(
+        default=5.0, metadata={"help": "The papers' number: the gate's logit starts at MINUS this, nearly closed."}
+    )
+    num_gates: int | None = field(
+        default=None, metadata={"help": "The first so many blocks are gated; None: all but the last."}
+    )
+    attention_temperature: bool = field(default=True, metadata={"help": "One learnable temperature per block."})
+    temperature_min: float = field(default=0.01, metadata={"help": "Lower clamp of the temperatures."})
+    temperature_max: float = field(default=10.0, metadata={"help": "Upper clamp of the temperatures."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = add_peft_type("GATED_PROMPT")
+
+    def _check_values(self) -> None:
+        super()._check_values()
+        check_choice("gate", self.gate, ("scalar", "elementwise", "none"))
+        check_float("gate_init", self.gate_init)
+        if self.num_gates is not None:
+            check_int("num_gates", self.num_gates, least=0)
+        check_flag("attention_temperature", self.attention_temperature)
+        check_float("temperature_min", self.temperature_min)
+        check_float("temperature_max", self.temperature_max)
+
+    def _check_combinations(self) -> None:
+        super()._check_combinations()
+        refusals = {
+            "deep=True": self.deep,
+            "layers_to_transform": self.layers_to_transform is not None,
+            "propagate=False": not self.propagate,
+            "share_prompts=True": self.share_prompts,
+        }
+        for name, refused in refusals.items():
+            if refused:
+                raise ValueError(f"{name} has no meaning for gated prompts: one set enters first and flows on. Drop it.")
+        if self.prompt_location != "prepend":
+            raise ValueError(
+                f"prompt_location={self.prompt_location!r} leaves no prompt tokens to gate; use 'prepend', or VPTConfig."
+            )
+        if self.implementation == "kv":
+            raise ValueError("implementation='kv' is not exact for gated prompts, whose outputs matter; use 'auto'.")
+        if not 0 < self.temperature_min < self.temperature_max:
+            raise ValueError(
+                f"temperature_min={self.temperature_min} must be above 0 and below "
+                f"temperature_max={self.temperature_max}."
+            )

@@ -1,0 +1,87 @@
+"""Compare prompts as keys and values with prompts as tokens on a random input, when prompts are attached."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from vpt_peft.encoder import BlockSpec, EncoderSpec, submodule
+from vpt_peft.encoder.inputs import sample_inputs
+from vpt_peft.encoder.trace import block_arguments, first_tensor, in_eval
+
+from .config import VPTConfig
+from .store import VPTPromptStore
+
+
+def check_key_values(encoder: nn.Module, spec: EncoderSpec) -> EncoderSpec:
+    """`spec` with what the comparison rules out: tokens, or keys and values (with a warning).
+
+    One block of each kind is run twice on the arguments it gets for a random input. Where key and value maps were
+    recognised by their values, a difference means that tokens cannot stand in the sequence (their positions are counted,
+    say); where they were recognised by lengths alone, it means that the maps are not what they seem.
+    """
+    blocks, verdicts = [], {}
+    for index, block in enumerate(spec.blocks):
+        module = submodule(encoder, block.path)
+        kind = (type(module), block.takes_tokens, block.attention.path, block.attention.key)
+        if kind not in verdicts and block.takes_tokens and block.attention.key is not None:
+            verdicts[kind] = _compare(encoder, spec, index)
+        blocks.append(_apply(block, verdicts.get(kind, "")))
+    return replace(spec, blocks=tuple(blocks))
+
+
+def _apply(block: BlockSpec, difference: str) -> BlockSpec:
+    if not difference or block.attention.key is None:
+        return block
+    if block.attention.key.exact:
+        return replace(block, takes_tokens=False, no_tokens_reason=f"prompt tokens disturb the others ({difference})")
+    warnings.warn(
+        f"prompts as keys and values differ from prompts as tokens in {block.path} ({difference}); tokens are used, "
+        "which cost more.",
+        stacklevel=2,
+    )
+    return replace(block, attention=replace(block.attention, key=None, value=None))
+
+
+def _compare(encoder: nn.Module, spec: EncoderSpec, index: int) -> str:
+    """What differs between the two ways through block `index`; empty if nothing does."""
+    block = submodule(encoder, spec.blocks[index].path)
+    arguments = None
+    for inputs in sample_inputs(encoder):
+        try:
+            arguments = block_arguments(encoder, block, inputs)
+            break
+        except Exception:  # this candidate is not an input of the encoder
+            continue
+    if arguments is None:
+        return ""
+    store = VPTPromptStore(spec, encoder)
+    store.attach()
+    try:
+        outputs = [_run(store, block, mode, index, arguments) for mode in ("kv", "token")]
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        store.detach()
+    difference = float((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max().clamp_min(1e-6))
+    tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(outputs[0].dtype, 1e-1)
+    return "" if difference < tolerance else f"relative difference {difference:.1e}"
+
+
+def _run(
+    store: VPTPromptStore, block: nn.Module, mode: str, index: int, arguments: tuple[tuple, dict[str, Any]]
+) -> torch.Tensor:
+    config = VPTConfig(num_virtual_tokens=3, layers_to_transform=[index], propagate=False, implementation=mode)
+    with in_eval(store.encoder), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        store.update_layer(mode, config)
+        for layer in (store, *store.layers):
+            layer.set_adapter([mode])
+        output = first_tensor(block(*arguments[0], **arguments[1]))
+    if output is None:
+        raise ValueError("the block returns no tensor")
+    return output

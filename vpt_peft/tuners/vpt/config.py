@@ -1,0 +1,218 @@
+"""Configuration of Visual Prompt Tuning."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft import PeftConfig
+
+from vpt_peft.registration import add_peft_type
+
+# More prompts than this outnumber the tokens of any image encoder a thousand times over; a slip, not a wish.
+MAX_VIRTUAL_TOKENS = 100_000
+
+LOCATIONS = ("prepend", "add", "add_shared", "prepend_pixel", "pad", "channel")
+PIXEL_LOCATIONS = ("prepend_pixel", "pad", "channel")
+POOLINGS = (None, "class", "image", "prompt", "image_prompt")
+INITS = ("xavier_uniform", "normal", "zeros")
+IMPLEMENTATIONS = ("auto", "kv", "token")
+
+
+def check_int(name: str, value: Any, least: int = 1, most: int | None = None) -> None:
+    """Raise unless `value` is an integer in range; booleans are refused."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} must be an integer.")
+    if value < least or (most is not None and value > most):
+        limit = f" and at most {most:,}" if most is not None else ""
+        raise ValueError(f"{name}={value} must be at least {least}{limit}.")
+
+
+def check_choice(name: str, value: Any, choices: tuple) -> None:
+    """Raise unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}.")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise unless `value` is a boolean."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} must be True or False.")
+
+
+def check_float(name: str, value: Any, least: float = -math.inf, below: float = math.inf) -> None:
+    """Raise unless `value` is a finite number in [least, below)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} must be a number.")
+    if not math.isfinite(value) or not least <= value < below:
+        raise ValueError(f"{name}={value} must be a finite number of at least {least} and below {below}.")
+
+
+@dataclass
+class VPTConfig(PeftConfig):
+    """Configuration of Visual Prompt Tuning (Jia et al., ECCV 2022, arXiv 2203.12119).
+
+    Two independent choices give shallow, deep and partly deep prompts: which blocks have prompts of their own
+    (`deep`, `layers_to_transform`), and whether prompts flow on into blocks that have none (`propagate`).
+
+    Raises:
+        TypeError: A field has a value of the wrong type.
+        ValueError: A value is out of range, or a combination of fields has no meaning.
+    """
+
+    num_virtual_tokens: int = field(
+        default=10,
+        metadata={"help": "Prompts per prompted block; for 'pad' the width of the frame in pixels, for 'channel' the "
+                          "number of extra input channels."},
+    )  # fmt: skip
+    deep: bool = field(
+        default=True, metadata={"help": "Every block has prompts of its own (VPT-deep), or only the first (shallow)."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None,
+        metadata={"help": "The blocks with prompts of their own, 0-based; None: all if deep, else the first."},
+    )
+    layers_from_end: bool = field(
+        default=False, metadata={"help": "`layers_to_transform` counts from the end: 0 is the last block."}
+    )
+    propagate: bool = field(
+        default=True, metadata={"help": "Prompts flow on into later blocks that have none of their own."}
+    )
+    share_prompts: bool = field(default=False, metadata={"help": "One set of prompts serves all prompted blocks."})
+    prompt_location: Literal["prepend", "add", "add_shared", "prepend_pixel", "pad", "channel"] = field(
+        default="prepend", metadata={"help": "Where the prompts go: among the tokens, onto the tokens, or the pixels."}
+    )
+    token_type: Literal["patch", "class"] = field(
+        default="patch",
+        metadata={"help": "Prompts are extra patches, or extra class tokens that the head reads with the class token."},
+    )
+    pooling: Literal["class", "image", "prompt", "image_prompt"] | None = field(
+        default=None, metadata={"help": "What the head reads; None: what it reads without prompts."}
+    )
+    pool_before_norm: bool = field(
+        default=False, metadata={"help": "Take the mean before the final norm (MAE, MoCo-v3) instead of after it."}
+    )
+    prompt_dropout: float = field(default=0.0, metadata={"help": "Dropout on the prompts, drawn per image."})
+    projection_dim: int | None = field(
+        default=None,
+        metadata={"help": "Width the prompts live in; one linear map, shared by the blocks, takes them to the tokens'."},
+    )
+    project_patches: bool = field(
+        default=False,
+        metadata={"help": "One hidden-to-hidden linear map over prompts and patch tokens at the input."},
+    )
+    init_prompts: Literal["xavier_uniform", "normal", "zeros"] = field(
+        default="xavier_uniform", metadata={"help": "How prompts start; data-driven starts: `initialize_prompts`."}
+    )
+    implementation: Literal["auto", "kv", "token"] = field(
+        default="auto",
+        metadata={"help": "Prompts as keys and values ('kv'), as tokens, or as keys and values wherever exact."},
+    )
+    base_in_eval: bool = field(
+        default=True, metadata={"help": "`model.train()` leaves the frozen parts in eval mode."}
+    )
+    self_check: bool = field(
+        default=True, metadata={"help": "Compare keys/values with tokens on a random input when prompts are attached."}
+    )
+    backbone: str | None = field(
+        default=None, metadata={"help": "Dotted path of the vision encoder, where a model holds several."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained and saved with the prompts; None: the task head, []: none."}
+    )
+    bias: Literal["none", "all"] = field(default="none", metadata={"help": "'all' also trains the backbone's biases."})
+    init_weights: bool = field(
+        default=True, metadata={"help": "False draws the prompts from a unit normal, as tests of PEFT methods ask."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Found at attach time from the model; not to be set."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Not used: blocks are chosen by `layers_to_transform`."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = add_peft_type("VPT")
+        self._check_values()
+        self._check_combinations()
+
+    def _check_values(self) -> None:
+        check_int("num_virtual_tokens", self.num_virtual_tokens, most=MAX_VIRTUAL_TOKENS)
+        for name in ("deep", "layers_from_end", "propagate", "share_prompts", "pool_before_norm", "project_patches", "base_in_eval",
+                     "self_check", "init_weights"):  # fmt: skip
+            check_flag(name, getattr(self, name))
+        check_choice("prompt_location", self.prompt_location, LOCATIONS)
+        check_choice("token_type", self.token_type, ("patch", "class"))
+        check_choice("pooling", self.pooling, POOLINGS)
+        check_choice("init_prompts", self.init_prompts, INITS)
+        check_choice("implementation", self.implementation, IMPLEMENTATIONS)
+        check_choice("bias", self.bias, ("none", "all"))
+        check_float("prompt_dropout", self.prompt_dropout, least=0.0, below=1.0)
+        if self.projection_dim is not None:
+            check_int("projection_dim", self.projection_dim, most=1_000_000)
+        if self.backbone is not None and not isinstance(self.backbone, str):
+            raise TypeError(f"backbone={self.backbone!r} must be the dotted path of a module, or None.")
+        if isinstance(self.modules_to_save, (tuple, set)):
+            self.modules_to_save = list(self.modules_to_save)
+        if self.modules_to_save is not None and (
+            not isinstance(self.modules_to_save, list) or not all(isinstance(n, str) for n in self.modules_to_save)
+        ):
+            raise TypeError(f"modules_to_save={self.modules_to_save!r} must be a list of module names, or None.")
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        layers = self.layers_to_transform
+        if layers is None:
+            return
+        if isinstance(layers, int):
+            check_int("layers_to_transform", layers, least=0)
+            return
+        if not isinstance(layers, (list, tuple, set, range)):
+            raise TypeError(f"layers_to_transform={layers!r} must be a list of block indices, an integer or None.")
+        for layer in layers:
+            check_int("layers_to_transform", layer, least=0)
+        if not layers:
+            raise ValueError("layers_to_transform=[] names no block; give at least one index, or None.")
+        self.layers_to_transform = sorted(set(layers))
+
+    def _check_combinations(self) -> None:
+        where, kept = self.prompt_location, "leave it at its default"
+        if where in PIXEL_LOCATIONS:
+            # `deep` is True by default and says nothing about prompts that are pixels.
+            self.deep = False
+            if self.layers_to_transform is not None:
+                raise ValueError(f"layers_to_transform has no meaning for prompt_location={where!r}: pixels enter once.")
+        if where != "prepend":
+            for name, refused in (
+                ("projection_dim", self.projection_dim is not None),
+                ("project_patches", self.project_patches),
+            ):
+                if refused:
+                    raise ValueError(f"{name} is defined for prompt tokens only, not for {where!r}; {kept}.")
+            if self.implementation == "kv":
+                raise ValueError(f"implementation='kv' has no meaning for prompt_location={where!r}; use 'auto'.")
+        if where not in ("prepend", "prepend_pixel"):
+            if self.pooling in ("prompt", "image_prompt"):
+                raise ValueError(f"pooling={self.pooling!r} needs prompt tokens; prompt_location={where!r} has none.")
+            if self.token_type == "class":
+                raise ValueError(f"token_type='class' needs prompt tokens; prompt_location={where!r} has none.")
+        if self.layers_from_end and self.layers_to_transform is None:
+            raise ValueError("layers_from_end=True says how to read layers_to_transform, which is not given.")
+        if self.project_patches and self.projection_dim is not None:
+            raise ValueError("projection_dim and project_patches are two readings of one option; set only one.")
+        if self.token_type == "class" and self.pooling not in (None, "class"):
+            raise ValueError(
+                f"token_type='class' already says what the head reads (class token and prompts); drop "
+                f"pooling={self.pooling!r}."
+            )
+        if self.pool_before_norm and self.pooling in (None, "class") and self.token_type == "patch":
+            raise ValueError("pool_before_norm=True needs a mean to take: set pooling to 'image', 'prompt' or 'image_prompt'.")
+        if self.share_prompts and not self.deep and self.layers_to_transform is None:
+            raise ValueError("share_prompts=True needs several prompted blocks: set deep=True or layers_to_transform.")
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether the head reads what the last block makes of the prompts."""
+        return self.pooling in ("prompt", "image_prompt") or self.token_type == "class"

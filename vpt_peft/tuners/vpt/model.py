@@ -1,0 +1,195 @@
+"""Visual Prompt Tuning on any transformers vision encoder."""
+
+from __future__ import annotations
+
+import re
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from vpt_peft.encoder import find_encoder, submodule
+from vpt_peft.heads import find_task_head
+
+from .check import check_key_values
+from .config import VPTConfig
+from .layer import PromptTunerLayer
+from .modes import set_frozen_eval
+from .plan import check_config, make_roles, prompted_blocks
+from .store import VPTPromptStore, find_store
+
+
+class VPTModel(BaseTuner):
+    """Visual Prompt Tuning: learnable prompts in the input of some or all blocks of a frozen vision transformer.
+
+    Jia et al., "Visual Prompt Tuning", ECCV 2022 (arXiv 2203.12119). Deep prompts run as keys and values of the
+    attention, which is the same function at a fraction of the cost.
+
+    Args:
+        model: A transformers model with a vision encoder: a backbone, a model with a head, or one with a vision tower.
+        config ([`VPTConfig`]): The configuration.
+        adapter_name: The name of the adapter.
+        low_cpu_mem_usage: Create the prompts on the meta device, for loading.
+
+    Raises:
+        EncoderError: The model has no vision encoder that can do what the configuration asks.
+        ValueError: The configuration names blocks the encoder does not have.
+
+    Example:
+
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForImageClassification
+        >>> from vpt_peft import VPTConfig
+
+        >>> vit = AutoModelForImageClassification.from_pretrained("google/vit-base-patch16-224-in21k", num_labels=10)
+        >>> model = get_peft_model(vit, VPTConfig(num_virtual_tokens=50))
+        >>> model.print_trainable_parameters()
+    """
+
+    prefix: str = "vpt_"
+    tuner_layer_cls = PromptTunerLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _prepare_adapter_config(self, peft_config: VPTConfig, model_config: Any) -> VPTConfig:
+        """Look at the model, check the configuration against it and find the head; nothing is changed yet."""
+        store = find_store(self.model)
+        if store is not None:
+            spec, path = store.spec, self._path_of(store.encoder)
+            if peft_config.backbone is not None and peft_config.backbone != path:
+                raise ValueError(
+                    f"backbone={peft_config.backbone!r}: this model's prompts are on the encoder {path!r} already; attach "
+                    "to one encoder per model."
+                )
+            check_config(peft_config, spec)
+        else:
+            spec = find_encoder(self.model, peft_config.backbone)
+            check_config(peft_config, spec)
+            if peft_config.self_check:
+                spec = check_key_values(submodule(self.model, spec.path), spec)
+                check_config(peft_config, spec)
+            self._found = spec
+        if peft_config.modules_to_save is None:
+            peft_config.modules_to_save = find_task_head(self.model, spec) or None
+        return peft_config
+
+    def _path_of(self, encoder: nn.Module) -> str:
+        return next(path for path, module in self.model.named_modules() if module is encoder)
+
+    def _targets(self, config: VPTConfig) -> list[str]:
+        """Paths of the blocks that have a part in the adapter, the first for prompts that are pixels."""
+        store = find_store(self.model)
+        if store is not None:
+            spec, path = store.spec, self._path_of(store.encoder)
+        else:
+            spec, path = self._found, self._found.path
+        roles = make_roles(config, spec)
+        chosen = sorted({*prompted_blocks(config, spec), *(i for i, role in enumerate(roles) if role.temperature)}) or [0]
+        return [f"{path}.{spec.blocks[index].path}" if path else spec.blocks[index].path for index in chosen]
+
+    def _check_target_module_exists(self, peft_config: VPTConfig, key: str) -> bool:  # type: ignore[override]
+        return key in self._targets(peft_config)
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Attach an adapter; `state_dict` is not needed, as the configuration says which blocks take part.
+
+        An adapter that is refused leaves the model and its list of adapters as they were.
+        """
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
+        except Exception:
+            self.peft_config.pop(adapter_name, None)
+            raise
+
+    def _create_and_replace(
+        self,
+        peft_config: VPTConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        store = find_store(self.model)
+        if store is None:
+            store = VPTPromptStore(self._found, submodule(self.model, self._found.path))
+            store.attach()
+        if adapter_name in store.configs:
+            return
+        store.update_layer(adapter_name, peft_config)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
+        if kwargs.pop("adapter_names", None) is not None:
+            raise NotImplementedError("adapter_names")
+        yield
+
+    def train(self, mode: bool = True) -> VPTModel:
+        """Training mode for the adapters and the head; frozen parts stay in eval mode (`base_in_eval`)."""
+        super().train(mode)
+        store = find_store(self.model)
+        if mode and store is not None and any(config.base_in_eval for config in store.configs.values()):
+            set_frozen_eval(store.encoder)
+        return self
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            raise ValueError(
+                "Prompts are inputs, not changes of weights, so merge_and_unload() cannot put them into the model. Use "
+                "merge_adapter() to freeze deep prompts into constant keys and values for inference, or unload() to get "
+                "the model back without them."
+            )
+        store = find_store(self.model)
+        if store is not None:
+            store.detach()
+        return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: VPTConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        """The adapter's own entries, also where sharding has put wrappers into the module paths."""
+        mine = re.compile(rf"prompt_tuner\.{cls.prefix}[a-z_]+\.{re.escape(adapter_name)}\.")
+        plain = {key.replace("_fsdp_wrapped_module.", ""): value for key, value in state_dict.items()}
+        found = {key: value for key, value in plain.items() if mine.search(key)}
+        found.update(cls._get_learnable_bias_state_dict(model, plain, config))
+        return found
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """`prompt_tuner.vpt_prompts.default.3.weight` is stored as `prompt_tuner.vpt_prompts.3.weight`."""
+        return re.sub(rf"(\.{cls.prefix}[a-z_]+)\.{re.escape(adapter_name)}(?=\.)", r"\1", key)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: VPTConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Put the adapter's name back and the path of this model's encoder for the one the file was saved under."""
+        path = next(name for name, module in model.named_modules() if isinstance(module, VPTPromptStore))
+        remapped = {}
+        for key, value in state_dict.items():
+            match = re.match(rf"^(?:.*\.)?prompt_tuner\.({cls.prefix}[a-z_]+)\.(.+)$", key)
+            remapped[f"{path}.{match[1]}.{adapter_name}.{match[2]}" if match else key] = value
+        return remapped
+

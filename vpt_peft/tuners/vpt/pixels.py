@@ -1,0 +1,152 @@
+"""Prompts that are pixels: a frame around the image, extra channels, a strip of patches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from vpt_peft.encoder import submodule
+from vpt_peft.encoder.inputs import IMAGE_INPUTS
+
+from .prompts import Prompt
+
+if TYPE_CHECKING:
+    from .config import VPTConfig
+    from .store import VPTPromptStore
+
+# A frame holds raw pixels in [0, 1] that are normalised like the images of the official code.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def strip_shape(store: VPTPromptStore, config: VPTConfig) -> tuple[int, int, int]:
+    """Shape of a strip of `num_virtual_tokens` patches, (channels, height, width)."""
+    convolution = submodule(store.encoder, store.spec.patch_embedding or "")
+    height, width = convolution.kernel_size
+    return convolution.in_channels, height, width * config.num_virtual_tokens
+
+
+def embed_strip(store: VPTPromptStore, strip: torch.Tensor) -> torch.Tensor:
+    """Prompt tokens `(prompts, width)` of a strip of pixels, through the frozen patch embedding."""
+    convolution = submodule(store.encoder, store.spec.patch_embedding or "")
+    tokens = type(convolution).forward(convolution, strip.unsqueeze(0).to(convolution.weight.dtype))
+    return tokens.flatten(2).transpose(1, 2).squeeze(0)
+
+
+def make_prompts(store: VPTPromptStore, config: VPTConfig, like: dict[str, Any]) -> nn.ModuleDict:
+    """The frame ("tb": top and bottom rows, "lr": left and right columns) or the extra channels ("0")."""
+    height, width = store.spec.image_size or (224, 224)
+    count = config.num_virtual_tokens
+    if config.prompt_location == "channel":
+        entries = {"0": Prompt(count, height, width, **like)}
+    else:
+        entries = {"tb": Prompt(3, 2 * count, width + 2 * count, **like), "lr": Prompt(3, height, 2 * count, **like)}
+    for entry in entries.values():
+        entry.reset_parameters("unit_interval" if config.init_prompts != "zeros" else "zeros", 1.0)
+    return nn.ModuleDict(entries)
+
+
+def make_patch_embedding(store: VPTPromptStore, config: VPTConfig, like: dict[str, Any]) -> nn.Conv2d:
+    """The patch embedding with `num_virtual_tokens` more input channels; the pre-trained ones keep their weights."""
+    frozen = submodule(store.encoder, store.spec.patch_embedding or "")
+    trained = nn.Conv2d(
+        frozen.in_channels + config.num_virtual_tokens,
+        frozen.out_channels,
+        frozen.kernel_size,
+        frozen.stride,
+        frozen.padding,
+        bias=frozen.bias is not None,
+        **like,
+    )
+    if not trained.weight.is_meta:
+        with torch.no_grad():
+            trained.weight.normal_(std=0.02)
+            trained.weight[:, : frozen.in_channels] = frozen.weight
+            if frozen.bias is not None and trained.bias is not None:
+                trained.bias.copy_(frozen.bias)
+    return trained
+
+
+def frame_images(store: VPTPromptStore, name: str, images: torch.Tensor) -> torch.Tensor:
+    """`(batch, 3, height, width)` with the frame of one adapter around it."""
+    frame = {key: prompt().to(images.dtype) for key, prompt in store.part(name, "prompts").items()}
+    mean = torch.tensor(IMAGENET_MEAN, dtype=images.dtype, device=images.device).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, dtype=images.dtype, device=images.device).view(3, 1, 1)
+    rows, columns = ((frame[key] - mean) / std for key in ("tb", "lr"))
+    count = rows.shape[1] // 2
+    if images.shape[-2] != columns.shape[-2] or images.shape[-1] + 2 * count != rows.shape[-1]:
+        raise ValueError(
+            f"prompt_location='pad': images of {images.shape[-2]}x{images.shape[-1]} pixels do not fit the frame, which "
+            f"was made for {columns.shape[-2]}x{rows.shape[-1] - 2 * count}; resize them."
+        )
+    rows, columns = (part.expand(images.shape[0], -1, -1, -1) for part in (rows, columns))
+    framed = torch.cat([columns[..., :count], images, columns[..., count:]], dim=-1)
+    return torch.cat([rows[:, :, :count], framed, rows[:, :, count:]], dim=-2)
+
+
+def _image_argument(args: tuple, kwargs: dict[str, Any]) -> str | int:
+    return next((name for name in IMAGE_INPUTS if kwargs.get(name) is not None), 0)
+
+
+def _exchange(args: tuple, kwargs: dict[str, Any], where: str | int, images: torch.Tensor) -> tuple[tuple, dict]:
+    return ((images, *args[1:]), kwargs) if where == 0 else (args, {**kwargs, str(where): images})
+
+
+def enter_image(
+    store: VPTPromptStore, active: list[str], args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]] | None:
+    """The encoder's arguments with a frame around the images, for active adapters that have one."""
+    changed = None
+    for name in active:
+        if store.configs[name].prompt_location == "pad":
+            where = _image_argument(args, kwargs)
+            images = frame_images(store, name, kwargs[str(where)] if where != 0 else args[0])
+            args, kwargs = _exchange(args, kwargs, where, images)
+            if tuple(images.shape[-2:]) != store.spec.image_size and store.interpolates:
+                kwargs = {**kwargs, "interpolate_pos_encoding": True}
+            changed = args, kwargs
+    return changed
+
+
+def require_input_grad(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The encoder's arguments with images that require a gradient, so that re-entrant checkpointing records."""
+    where = _image_argument(args, kwargs)
+    images = kwargs[str(where)] if where != 0 else args[0]
+    if images.requires_grad:
+        return args, kwargs
+    return _exchange(args, kwargs, where, images.detach().requires_grad_(True))
+
+
+def embed_with_channels(convolution: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+    """Forward hook of the patch embedding: with extra channels the adapter's own embedding replaces the frozen one."""
+    store: VPTPromptStore = convolution.__dict__["_prompt_store"]
+    for name in store.active_names():
+        if name in store.configs and store.configs[name].prompt_location == "channel":
+            images = args[0]
+            channels = store.part(name, "prompts", "0")().to(images.dtype)
+            if channels.shape[-2:] != images.shape[-2:]:
+                raise ValueError(
+                    f"prompt_location='channel': images of {images.shape[-2]}x{images.shape[-1]} pixels, but the prompts "
+                    f"were made for {channels.shape[-2]}x{channels.shape[-1]}; resize them."
+                )
+            channels = channels.expand(images.shape[0], -1, -1, -1)
+            trained = store.part(name, "patch_embedding")
+            return trained(torch.cat([images, channels], dim=1).to(trained.weight.dtype)).to(output.dtype)
+    return None
+
+
+def attach_patch_embedding(store: VPTPromptStore) -> list:
+    """Register the hook on the patch embedding, if there is one; returns its handle."""
+    if store.spec.patch_embedding is None:
+        return []
+    convolution = submodule(store.encoder, store.spec.patch_embedding)
+    convolution.__dict__["_prompt_store"] = store
+    return [convolution.register_forward_hook(embed_with_channels)]
+
+
+def detach_patch_embedding(store: VPTPromptStore) -> None:
+    """Forget the store on the patch embedding."""
+    if store.spec.patch_embedding is not None:
+        submodule(store.encoder, store.spec.patch_embedding).__dict__.pop("_prompt_store", None)

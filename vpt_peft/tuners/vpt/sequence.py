@@ -1,0 +1,72 @@
+"""Prompt tokens in a block's sequence: in after the special tokens, out again, and everything that counts tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+try:
+    from transformers.utils.output_capturing import _active_collector
+except ImportError:  # the collector has moved: hidden_states[0] then shows the prompts, nothing else depends on it
+    _active_collector = None
+
+
+def insert_tokens(hidden: torch.Tensor, prompts: list[torch.Tensor], position: int) -> torch.Tensor:
+    """`(batch, tokens, width)` with all prompts put in at `position`."""
+    return torch.cat([hidden[:, :position], *prompts, hidden[:, position:]], dim=1)
+
+
+def cut_tokens(hidden: torch.Tensor, position: int, lengths: list[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The tokens without prompts, and the prompts of each length that stood at `position`."""
+    count = sum(lengths)
+    parts = list(hidden[:, position : position + count].split(lengths, dim=1))
+    return torch.cat([hidden[:, :position], hidden[:, position + count :]], dim=1), parts
+
+
+def replace_tokens(output: Any, hidden: torch.Tensor) -> Any:
+    """A block's output with its tokens exchanged."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def _widen(table: torch.Tensor, dim: int, position: int, count: int, value: float) -> torch.Tensor:
+    shape = list(table.shape)
+    shape[dim] = count
+    neutral = torch.full(shape, value, dtype=table.dtype, device=table.device)
+    before, after = table.split([position, table.shape[dim] - position], dim=dim)
+    return torch.cat([before, neutral, after], dim=dim)
+
+
+def widen_positions(arguments: Any, tokens: int, position: int, count: int) -> Any:
+    """Give rotary tables among a block's arguments a neutral entry (no rotation) for each prompt.
+
+    A table is a pair (cos, sin) over all `tokens`, or a complex tensor; tables over patches only fit as they are,
+    since prompts stand before the patches.
+    """
+    if isinstance(arguments, dict):
+        return {name: _widen_table(value, tokens, position, count) for name, value in arguments.items()}
+    return tuple(_widen_table(value, tokens, position, count) for value in arguments)
+
+
+def _widen_table(value: Any, tokens: int, position: int, count: int) -> Any:
+    is_pair = isinstance(value, tuple) and len(value) == 2 and all(isinstance(part, torch.Tensor) for part in value)
+    if is_pair and all(part.dim() >= 2 and part.shape[-2] == tokens for part in value):
+        return tuple(_widen(part, -2, position, count, neutral) for part, neutral in zip(value, (1.0, 0.0), strict=True))
+    if isinstance(value, torch.Tensor) and value.is_complex():
+        dim = next((d for d, size in enumerate(value.shape) if size == tokens), None)
+        return value if dim is None else _widen(value, dim, position, count, 1.0)
+    return value
+
+
+def keep_initial_hidden_state(hidden: torch.Tensor) -> None:
+    """Record the first block's input as `hidden_states[0]` before prompts come in, if hidden states are collected.
+
+    transformers records it after the block, from the arguments the block received - which hold the prompts.
+    """
+    if _active_collector is None:
+        return
+    collected = _active_collector.get()
+    if not collected or "hidden_states" not in collected or len(collected["hidden_states"]) > 0:
+        return
+    selection = collected.get("_hidden_states_layers")
+    collected["hidden_states"].append(hidden if selection is None or 0 in selection else None)

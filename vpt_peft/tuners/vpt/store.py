@@ -1,0 +1,266 @@
+"""The tuner layer of the encoder: it owns everything trainable, of all adapters, under block indices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import nn
+
+from vpt_peft.encoder import EncoderSpec, submodule
+
+from . import pixels
+from .config import VPTConfig
+from .layer import PromptTunerLayer, VPTLayer
+from .modes import freeze_modes, input_needs_grad, is_checkpointing
+from .plan import make_roles, prompted_blocks
+from .pooling import attach_pooling
+from .prompts import ElementwiseGate, Prompt, ScalarGate, Temperature
+
+PARTS = ("prompts", "projection", "patch_embedding", "gates", "temperatures")
+PREFIXES = ("vpt_", "gated_prompt_")
+
+
+class VPTPromptStore(nn.Module, PromptTunerLayer):
+    """Prompts, projections, gates and temperatures of all adapters on one encoder.
+
+    Containers are named after the method (`vpt_prompts`, `gated_prompt_gates`, ...) and hold one entry per adapter;
+    an entry's children are named by block index.
+
+    Args:
+        spec: The encoder.
+        encoder: The encoder module, of which this is a child.
+    """
+
+    adapter_layer_names = tuple(prefix + part for prefix in PREFIXES for part in PARTS)
+    other_param_names = ("configs",)
+
+    def __init__(self, spec: EncoderSpec, encoder: nn.Module) -> None:
+        super().__init__()
+        self.spec = spec
+        # In tuples, so that they are not registered as submodules.
+        self._encoder = (encoder,)
+        self.interpolates = "interpolate_pos_encoding" in signature(encoder.forward).parameters
+        self.layers: tuple[VPTLayer, ...] = ()
+        for name in self.adapter_layer_names:
+            self.add_module(name, nn.ModuleDict())
+        self.configs: dict[str, VPTConfig] = {}
+        self.final: dict[str, torch.Tensor] = {}
+        self.checkpointing = False
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        self._handles: list[Any] = []
+
+    @property
+    def encoder(self) -> nn.Module:
+        return self._encoder[0]
+
+    def attach(self) -> None:
+        """Put a tuner layer into each block and register all hooks."""
+        layers = []
+        for index, block_spec in enumerate(self.spec.blocks):
+            block = submodule(self.encoder, block_spec.path)
+            layer = VPTLayer(index, block_spec, block, self, self.spec.prefix)
+            block.prompt_tuner = layer
+            layer.attach()
+            layers.append(layer)
+        self.layers = tuple(layers)
+        self.encoder.prompt_tuner = self
+        self._handles = [self.encoder.register_forward_pre_hook(enter_encoder, with_kwargs=True)]
+        self._handles += pixels.attach_patch_embedding(self)
+        self._handles += attach_pooling(self)
+
+    def detach(self) -> None:
+        """Take every hook and tuner layer out of the encoder."""
+        for handle in self._handles:
+            handle.remove()
+        for layer in self.layers:
+            layer.detach()
+            del layer.block.prompt_tuner
+        del self.encoder.prompt_tuner
+        pixels.detach_patch_embedding(self)
+
+    def container(self, name: str, part: str) -> nn.ModuleDict:
+        """The container that holds one part of an adapter, by its method."""
+        config = self.configs[name]
+        prefix = config.peft_type.value.lower() + "_"
+        return getattr(self, prefix + part)
+
+    def part(self, name: str, part: str, key: str | None = None) -> Any:
+        """One part of an adapter, or the entry `key` of it; `None` where the adapter has none."""
+        container = self.container(name, part)
+        if name not in container:
+            return None
+        entry = container[name]
+        return entry if key is None else (entry[key] if key in entry else None)
+
+    def update_layer(self, name: str, config: VPTConfig) -> None:
+        """Make everything trainable of adapter `name`, on the device and in the dtype of the encoder."""
+        self.configs[name] = config
+        roles = make_roles(config, self.spec)
+        device, dtype = self.device_and_dtype()
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
+        own = prompted_blocks(config, self.spec)
+        entries = nn.ModuleDict()
+        for index in own[:1] if config.share_prompts else own:
+            entries[str(index)] = self._make_prompt(config, index, like)
+        if config.prompt_location in ("pad", "channel"):
+            entries = pixels.make_prompts(self, config, like)
+        self.container(name, "prompts")[name] = entries
+        self._make_projection(name, config, own, like)
+        if config.prompt_location == "channel":
+            self.container(name, "patch_embedding")[name] = pixels.make_patch_embedding(self, config, like)
+        gates = nn.ModuleDict()
+        for index, role in enumerate(roles):
+            if role.gated:
+                init = config.gate_init  # type: ignore[attr-defined]
+                elementwise = config.gate == "elementwise"  # type: ignore[attr-defined]
+                width = self.spec.blocks[index].width
+                gates[str(index)] = ElementwiseGate(width, init, **like) if elementwise else ScalarGate(init, **like)
+        if len(gates):
+            self.container(name, "gates")[name] = gates
+        if getattr(config, "attention_temperature", False):
+            bounds = config.temperature_min, config.temperature_max  # type: ignore[attr-defined]
+            self.container(name, "temperatures")[name] = nn.ModuleDict(
+                {str(index): Temperature(*bounds, **like) for index in range(len(self.spec.blocks))}
+            )
+        for layer, role in zip(self.layers, roles, strict=True):
+            layer.roles[name] = role
+
+    def _make_prompt(self, config: VPTConfig, index: int, like: dict[str, Any]) -> Prompt:
+        block = self.spec.blocks[index]
+        patch = self.patch_values()
+        if config.prompt_location == "prepend_pixel":
+            prompt = Prompt(*pixels.strip_shape(self, config), **like)
+            bound = math.sqrt(6.0 / (patch + block.width))
+        else:
+            width = config.projection_dim or block.width
+            count = {"add": block.tokens, "add_shared": 1}.get(config.prompt_location, config.num_virtual_tokens)
+            prompt = Prompt(count, width, **like)
+            bound = math.sqrt(6.0 / (patch + width))
+        prompt.reset_parameters(config.init_prompts if config.init_weights else "unit_normal", bound)
+        return prompt
+
+    def _make_projection(self, name: str, config: VPTConfig, own: list[int], like: dict[str, Any]) -> None:
+        if not config.projection_dim and not config.project_patches:
+            return
+        width = self.spec.blocks[own[0]].width
+        projection = nn.Linear(config.projection_dim or width, width, **like)
+        if not projection.weight.is_meta:
+            nn.init.zeros_(projection.bias)
+            if config.project_patches:
+                # The identity leaves the frozen backbone's patch tokens as they are at the start.
+                nn.init.eye_(projection.weight)
+            else:
+                nn.init.kaiming_normal_(projection.weight, mode="fan_out")
+        self.container(name, "projection")[name] = projection
+
+    def patch_values(self) -> int:
+        """Number of pixel values in one patch (channels · height · width), for the prompts' initial scale."""
+        if self.spec.patch_embedding is None:
+            return 3 * 16 * 16
+        convolution = submodule(self.encoder, self.spec.patch_embedding)
+        return 3 * math.prod(convolution.kernel_size[-2:])
+
+    def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
+        """Where the encoder's first floating-point parameter lives; quantised weights are integers and are passed over."""
+        for parameter in self._own_parameters():
+            if parameter.is_floating_point():
+                return parameter.device, parameter.dtype
+        return torch.device("cpu"), torch.float32
+
+    def _own_parameters(self) -> Iterable[torch.Tensor]:
+        for path, parameter in self.encoder.named_parameters():
+            if "prompt_tuner" not in path:
+                yield parameter
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        target, dtype = self.device_and_dtype()
+        for container in self.adapter_layer_names:
+            entries = getattr(self, container)
+            if adapter_name in entries and not any(p.is_meta for p in entries[adapter_name].parameters()):
+                entries[adapter_name].to(device or target, dtype=dtype)
+
+    def prompts(self, name: str, key: str | None, rows: int) -> torch.Tensor:
+        """Prompts of one adapter, projected and with dropout drawn per image: `(1, prompts, width)`, or `(rows, ...)`."""
+        config = self.configs[name]
+        prompts = self.part(name, "prompts", key)()
+        if config.prompt_location == "prepend_pixel":
+            prompts = pixels.embed_strip(self, prompts)
+        projection = self.part(name, "projection")
+        if projection is not None and (config.projection_dim or key == str(prompted_blocks(config, self.spec)[0])):
+            prompts = projection(prompts)
+        prompts = prompts.unsqueeze(0)
+        if config.prompt_dropout > 0.0 and self.training:
+            prompts = nn.functional.dropout(prompts.expand(rows, -1, -1), config.prompt_dropout, True)
+        return prompts
+
+    def project_patches(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The second reading of the paper's projection: patch tokens pass it too, at the input of the first block."""
+        if index > 0:
+            return hidden
+        for name in self.active_names():
+            if name in self.configs and self.configs[name].project_patches:
+                projection = self.part(name, "projection")
+                is_special = torch.zeros(hidden.shape[1], 1, dtype=torch.bool, device=hidden.device)
+                is_special[list(self.spec.special)] = True
+                hidden = torch.where(is_special, hidden, projection(hidden.to(projection.weight.dtype)).to(hidden.dtype))
+        return hidden
+
+    def merge_stage(self, index: int, prompts: torch.Tensor) -> torch.Tensor:
+        """Prompts that flow into a hierarchical encoder's next stage: each stands for the four patches it merges."""
+        for next_block, paths in self.spec.merges:
+            if next_block == index:
+                prompts = torch.cat([prompts] * 4, dim=-1)
+                for path in paths:
+                    prompts = submodule(self.encoder, path)(prompts)
+        return prompts
+
+    def gate(self, name: str, index: int, entered: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+        """What goes on to the next block, from a block's input and output prompts `(batch, prompts, width)`."""
+        return self.part(name, "gates", str(index))(entered, left)
+
+    def temperature(self, name: str, index: int) -> torch.Tensor:
+        """The attention temperature of one block, a tensor of one element."""
+        return self.part(name, "temperatures", str(index))()
+
+    def receive(self, name: str, index: int, prompts: torch.Tensor) -> None:
+        """Take prompts for block `index`, or for the head behind the last block."""
+        if index < len(self.layers):
+            self.layers[index].carried[name] = prompts
+        else:
+            self.final[name] = prompts
+
+    def enter(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Before the encoder runs: modes, clamps, and prompts that are pixels."""
+        active = [name for name in self.active_names() if name in self.configs]
+        grad = torch.is_grad_enabled() and self.training
+        self.checkpointing = grad and is_checkpointing(self.encoder)
+        if self.final:
+            self.final.clear()
+        if any(self.configs[name].base_in_eval for name in active):
+            freeze_modes(self)
+        for name in active:
+            for temperature in (self.part(name, "temperatures") or nn.ModuleDict()).values() if grad else ():
+                temperature.clamp_stored()
+        changed = pixels.enter_image(self, active, args, kwargs)
+        if self.checkpointing and active and input_needs_grad(self):
+            changed = pixels.require_input_grad(*(changed or (args, kwargs)))
+        return changed
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self.configs)})"
+
+
+def enter_encoder(encoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Forward pre-hook of the encoder."""
+    return encoder.prompt_tuner.enter(args, kwargs)  # type: ignore[union-attr, operator]
+
+
+def find_store(model: nn.Module) -> VPTPromptStore | None:
+    """The prompt store inside `model`, if prompts are attached."""
+    return next((module for module in model.modules() if isinstance(module, VPTPromptStore)), None)
