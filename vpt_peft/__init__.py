@@ -3,7 +3,15 @@
 from .encoder import EncoderError
 from .initialization import initialize_prompts
 from .tuners import GatedVPTConfig, GatedVPTModel, VPTConfig, VPTModel
+from .version import __version__
 
-__version__ = "0.1.0"
 
-__all__ = ["EncoderError", "GatedVPTConfig", "GatedVPTModel", "VPTConfig", "VPTModel", "initialize_prompts"]
+__all__ = [
+    "EncoderError",
+    "GatedVPTConfig",
+    "GatedVPTModel",
+    "VPTConfig",
+    "VPTModel",
+    "__version__",
+    "initialize_prompts",
+]

@@ -25,7 +25,9 @@ def find_task_head(model: nn.Module, spec: EncoderSpec) -> list[str]:
         found += [sibling for sibling, child in siblings if _has_parameters(child)]
         path, module = f"{path}{name}.", getattr(module, name)
     if spec.path == "":
-        found = [name for name, child in model.named_children() if _has_parameters(child) and _outside(name, child, spec)]
+        found = [
+            name for name, child in model.named_children() if _has_parameters(child) and _outside(name, child, spec)
+        ]
     return found
 
 

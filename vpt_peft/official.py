@@ -18,6 +18,7 @@ from .tuners.vpt.plan import prompted_blocks
 from .tuners.vpt.prompts import Prompt
 from .tuners.vpt.store import VPTPromptStore, find_store
 
+
 FAMILIES = ("vit", "moco", "mae", "swin")
 LOCATIONS = {
     "prepend": "prepend",
@@ -75,7 +76,9 @@ def config_from_official(prompt_fields: Mapping[str, Any], family: str = "vit") 
         raise ValueError(f"family={family!r} must be one of {', '.join(map(repr, FAMILIES))}.")
     unknown = sorted(set(prompt_fields) - set(DEFAULTS) - set(IGNORED))
     if unknown:
-        warnings.warn(f"fields of MODEL.PROMPT that are not known and have no effect: {', '.join(unknown)}", stacklevel=2)
+        warnings.warn(
+            f"fields of MODEL.PROMPT that are not known and have no effect: {', '.join(unknown)}", stacklevel=2
+        )
     fields = {**DEFAULTS, **prompt_fields}
     if fields["INITIATION"] != "random":
         warnings.warn(

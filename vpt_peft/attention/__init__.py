@@ -4,4 +4,5 @@ from .extras import AttentionExtras, project_key_values, project_queries
 from .intercept import attach_interceptor
 from .interface import PromptedConfig
 
+
 __all__ = ["AttentionExtras", "PromptedConfig", "attach_interceptor", "project_key_values", "project_queries"]

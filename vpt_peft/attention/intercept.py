@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from .extras import AttentionExtras, over_rows, widen_mask
 
+
 if TYPE_CHECKING:
     from vpt_peft.tuners.vpt.layer import VPTLayer
 
@@ -24,7 +25,9 @@ SCALINGS = frozenset(
     {torch.mul, torch.div, torch.Tensor.mul, torch.Tensor.div, torch.Tensor.__mul__, torch.Tensor.__rmul__,
      torch.Tensor.__truediv__, torch.Tensor.__imul__, torch.Tensor.__itruediv__, torch.Tensor.mul_, torch.Tensor.div_}
 )  # fmt: skip
-ADDITIONS = frozenset({torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.__iadd__})
+ADDITIONS = frozenset(
+    {torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.__iadd__}
+)
 DROPOUTS = frozenset({nn.functional.dropout, torch.dropout})
 SDPA = nn.functional.scaled_dot_product_attention
 
@@ -66,9 +69,12 @@ class PromptInterceptor(TorchFunctionMode):
             return result
         other = args[1] if len(args) > 1 else None
         if self.prompt_scores is not None:
-            if func in SCALINGS and not (isinstance(other, torch.Tensor) and other.shape[-1:] == self.scores.shape[-1:]):
-                self.prompt_scores = func(self.prompt_scores, *args[1:], **kwargs)
-            elif func in DROPOUTS and self.softmaxed:
+            if (
+                func in SCALINGS
+                and not (isinstance(other, torch.Tensor) and other.shape[-1:] == self.scores.shape[-1:])
+                or func in DROPOUTS
+                and self.softmaxed
+            ):
                 self.prompt_scores = func(self.prompt_scores, *args[1:], **kwargs)
         self.scores = result
         return result

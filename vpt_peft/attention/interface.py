@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from .extras import AttentionExtras, over_rows, widen_mask
+
 
 if TYPE_CHECKING:
     from vpt_peft.tuners.vpt.layer import VPTLayer
@@ -45,7 +45,7 @@ class PromptedConfig:
 class _Unprompted:
     """A view of an attention module that shows its own config, for functions that read the attention name from it."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: Any) -> None:
         self.module = module
         self.config = module.config.wrapped
 
@@ -54,7 +54,7 @@ class _Unprompted:
 
 
 def prompted_attention(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -102,11 +102,11 @@ def prompted_attention(
 
 
 def _base_function(config: PromptedConfig, name: str) -> Callable:
-    eager = config.layer.spec.attention.eager
+    eager: Any = config.layer.spec.attention.eager
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager) if name != "eager" else eager
 
 
-def _seen_by(name: str, module: nn.Module) -> Any:
+def _seen_by(name: str, module: Any) -> Any:
     """Flash and hub-kernel functions read the attention name from the module's config; they get to see the real one."""
     return module if name in ("eager", "sdpa", "flex_attention") else _Unprompted(module)
 

@@ -3,6 +3,7 @@
 from .find import describe_encoder, find_encoder
 from .spec import AttentionSpec, BlockSpec, EncoderError, EncoderSpec, HeadMap, submodule
 
+
 __all__ = [
     "AttentionSpec",
     "BlockSpec",

@@ -125,7 +125,8 @@ def _describe(encoder: nn.Module, path: str, trace: Trace, inputs: dict[str, Any
         raise EncoderError(f"{type(encoder).__name__} has no stack of blocks with softmax self-attention.")
     runs = {call.path: call for call in reversed(trace.calls)}
     order = sorted(chosen, key=lambda block: chosen[block].order)
-    blocks, known = [], {}
+    blocks: list[BlockSpec] = []
+    known: dict[tuple, BlockSpec] = {}
     for block in order:
         attention = chosen[block]
         signature = (type(runs[block].module), attention.module.__class__, attention.path[len(block) :])
@@ -139,7 +140,8 @@ def _describe(encoder: nn.Module, path: str, trace: Trace, inputs: dict[str, Any
         special=_special_positions(encoder, first, inputs),
         final_norm=_final_norm(trace, last),
         patch_embedding=next(
-            (c.path for c in trace.calls if isinstance(c.module, (nn.Conv2d, nn.Conv3d)) and c.order < first.order), None
+            (c.path for c in trace.calls if isinstance(c.module, (nn.Conv2d, nn.Conv3d)) and c.order < first.order),
+            None,
         ),
         image_size=(images.shape[-2], images.shape[-1]) if images is not None and images.dim() >= 4 else None,
         merges=_merges(trace, [runs[block] for block in order]),
@@ -198,8 +200,11 @@ def _describe_block(
         mask_open=_open_value(mask),
     )
     reason = _why_no_tokens(block, call, attention)
-    windowed = bool(reason) and block.input.dim() == 3 and 0 <= call.input.numel() - block.input.numel() and (
-        call.input.shape[0] > block.input.shape[0]
+    windowed = (
+        bool(reason)
+        and block.input.dim() == 3
+        and 0 <= call.input.numel() - block.input.numel()
+        and (call.input.shape[0] > block.input.shape[0])
     )
     if twin is not None and twin.windowed:
         # At the last resolution a single window can cover the grid; the block is of the windowed kind all the same.
@@ -264,13 +269,14 @@ def _tail(below: list[Call], block: Call, attention: Call) -> tuple[str, ...]:
         key=lambda c: c.order,
     )
     start = next((i for i, c in enumerate(after) if "norm" in type(c.module).__name__.lower()), None)
-    if start is None or block.output is None:
+    if start is None or block.output is None or after[start].input is None:
         return ()
-    tokens = result = after[start].input
+    tokens: Any = after[start].input
+    result = tokens
     with torch.no_grad():
         for child in after[start:]:
             result = child.module(result)
-    if tokens is None or not torch.allclose(tokens + result, block.output.reshape_as(tokens), rtol=1e-3, atol=1e-4):
+    if not torch.allclose(tokens + result, block.output.reshape_as(tokens), rtol=1e-3, atol=1e-4):
         return ()
     return tuple(child.path[len(block.path) + 1 :] for child in after[start:])
 
@@ -311,7 +317,11 @@ def _special_positions(encoder: nn.Module, first: Call, inputs: dict[str, Any]) 
     for name, parameter in encoder.named_parameters():
         leaf = name.rsplit(".", 1)[-1]
         is_token = ("token" in leaf or "class_embedding" in leaf or leaf == "cls") and "mask" not in leaf
-        if not is_token or parameter.shape[-1] != first.input.shape[-1] or parameter.numel() > 4096 * parameter.shape[-1]:
+        if (
+            not is_token
+            or parameter.shape[-1] != first.input.shape[-1]
+            or parameter.numel() > 4096 * parameter.shape[-1]
+        ):
             continue
         base = block_input() if base is None else base
         kept = parameter.detach().clone()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+
 IMAGE_INPUTS = ("pixel_values", "pixel_values_videos")
 
 

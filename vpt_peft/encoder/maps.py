@@ -11,6 +11,7 @@ from torch import nn
 from .spec import HeadMap, submodule
 from .trace import Call
 
+
 Measure = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -69,7 +70,10 @@ def _candidates(calls: list[Call], target: torch.Tensor, attention_path: str) ->
     for call in sorted(calls, key=lambda call: (call.path.count("."), call.order)):
         if call.output is None or call.input is None or call.path == attention_path:
             continue
-        if not isinstance(getattr(call.module, "weight", None), torch.Tensor) or "norm" in type(call.module).__name__.lower():
+        if (
+            not isinstance(getattr(call.module, "weight", None), torch.Tensor)
+            or "norm" in type(call.module).__name__.lower()
+        ):
             continue
         path = call.path[len(attention_path) + 1 if attention_path else 0 :]
         for parts in (1, 2, 3):

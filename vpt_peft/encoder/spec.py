@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
-from torch import nn
+from typing import Any
 
 
 class EncoderError(ValueError):
@@ -128,7 +126,7 @@ class EncoderSpec:
         return count
 
 
-def submodule(root: nn.Module, path: str) -> nn.Module:
+def submodule(root: Any, path: str) -> Any:
     """The module at a dotted path, looked up by attribute so that wrappers added later are found."""
     for name in path.split(".") if path else ():
         root = getattr(root, name)

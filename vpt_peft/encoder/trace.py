@@ -13,9 +13,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import AttentionInterface
 
-MATRIX_PRODUCTS = frozenset(
-    {torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.bmm, torch.Tensor.__matmul__}
-)
+
+MATRIX_PRODUCTS = frozenset({torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.bmm, torch.Tensor.__matmul__})
 SOFTMAXES = frozenset({torch.softmax, torch.nn.functional.softmax, torch.Tensor.softmax})
 SDPA = torch.nn.functional.scaled_dot_product_attention
 
@@ -81,7 +80,7 @@ class Recorder(TorchFunctionMode):
         if tokens is None:
             argument = next((name for name, value in kwargs.items() if isinstance(value, torch.Tensor)), None)
             argument = "hidden_states" if "hidden_states" in kwargs else argument
-            tokens = kwargs.get(argument)
+            tokens = kwargs[argument] if argument is not None else None
         self.stack.append(Call(self.paths[module], module, tokens, argument))
 
     def leave_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -3,4 +3,5 @@
 from .gated_vpt import GatedVPTConfig, GatedVPTModel
 from .vpt import VPTConfig, VPTModel
 
+
 __all__ = ["GatedVPTConfig", "GatedVPTModel", "VPTConfig", "VPTModel"]

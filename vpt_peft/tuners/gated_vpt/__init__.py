@@ -5,6 +5,7 @@ from vpt_peft.registration import register_method
 from .config import GatedVPTConfig
 from .model import GatedVPTModel
 
+
 register_method("gated_prompt", GatedVPTConfig, GatedVPTModel)
 
 __all__ = ["GatedVPTConfig", "GatedVPTModel"]

@@ -60,7 +60,9 @@ class GatedVPTConfig(VPTConfig):
         }
         for name, refused in refusals.items():
             if refused:
-                raise ValueError(f"{name} has no meaning for gated prompts: one set enters first and flows on. Drop it.")
+                raise ValueError(
+                    f"{name} has no meaning for gated prompts: one set enters first and flows on. Drop it."
+                )
         if self.prompt_location != "prepend":
             raise ValueError(
                 f"prompt_location={self.prompt_location!r} leaves no prompt tokens to gate; use 'prepend', or VPTConfig."

@@ -5,6 +5,7 @@ from vpt_peft.registration import register_method
 from .config import VPTConfig
 from .model import VPTModel
 
+
 register_method("vpt", VPTConfig, VPTModel)
 
 __all__ = ["VPTConfig", "VPTModel"]

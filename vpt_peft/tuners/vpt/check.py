@@ -17,12 +17,16 @@ from .config import VPTConfig
 from .store import VPTPromptStore
 
 
+DIFFERENCE = "relative difference"
+
+
 def check_key_values(encoder: nn.Module, spec: EncoderSpec) -> EncoderSpec:
     """`spec` with what the comparison rules out: tokens, or keys and values (with a warning).
 
     One block of each kind is run twice on the arguments it gets for a random input. Where key and value maps were
     recognised by their values, a difference means that tokens cannot stand in the sequence (their positions are counted,
-    say); where they were recognised by lengths alone, it means that the maps are not what they seem.
+    say); where they were recognised by lengths alone, it means that the maps are not what they seem. Tokens that make
+    the block fail are ruled out.
     """
     blocks, verdicts = [], {}
     for index, block in enumerate(spec.blocks):
@@ -37,7 +41,7 @@ def check_key_values(encoder: nn.Module, spec: EncoderSpec) -> EncoderSpec:
 def _apply(block: BlockSpec, difference: str) -> BlockSpec:
     if not difference or block.attention.key is None:
         return block
-    if block.attention.key.exact:
+    if block.attention.key.exact or not difference.startswith(DIFFERENCE):
         return replace(block, takes_tokens=False, no_tokens_reason=f"prompt tokens disturb the others ({difference})")
     warnings.warn(
         f"prompts as keys and values differ from prompts as tokens in {block.path} ({difference}); tokens are used, "
@@ -69,11 +73,11 @@ def _compare(encoder: nn.Module, spec: EncoderSpec, index: int) -> str:
         store.detach()
     difference = float((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max().clamp_min(1e-6))
     tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(outputs[0].dtype, 1e-1)
-    return "" if difference < tolerance else f"relative difference {difference:.1e}"
+    return "" if difference < tolerance else f"{DIFFERENCE} {difference:.1e}"
 
 
 def _run(
-    store: VPTPromptStore, block: nn.Module, mode: str, index: int, arguments: tuple[tuple, dict[str, Any]]
+    store: VPTPromptStore, block: nn.Module, mode: Any, index: int, arguments: tuple[tuple, dict[str, Any]]
 ) -> torch.Tensor:
     config = VPTConfig(num_virtual_tokens=3, layers_to_transform=[index], propagate=False, implementation=mode)
     with in_eval(store.encoder), torch.no_grad(), torch.random.fork_rng(devices=[]):

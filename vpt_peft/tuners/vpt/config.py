@@ -10,6 +10,7 @@ from peft import PeftConfig
 
 from vpt_peft.registration import add_peft_type
 
+
 # More prompts than this outnumber the tokens of any image encoder a thousand times over; a slip, not a wish.
 MAX_VIRTUAL_TOKENS = 100_000
 
@@ -85,7 +86,9 @@ class VPTConfig(PeftConfig):
     )
     token_type: Literal["patch", "class"] = field(
         default="patch",
-        metadata={"help": "Prompts are extra patches, or extra class tokens that the head reads with the class token."},
+        metadata={
+            "help": "Prompts are extra patches, or extra class tokens that the head reads with the class token."
+        },
     )
     pooling: Literal["class", "image", "prompt", "image_prompt"] | None = field(
         default=None, metadata={"help": "What the head reads; None: what it reads without prompts."}
@@ -96,7 +99,9 @@ class VPTConfig(PeftConfig):
     prompt_dropout: float = field(default=0.0, metadata={"help": "Dropout on the prompts, drawn per image."})
     projection_dim: int | None = field(
         default=None,
-        metadata={"help": "Width the prompts live in; one linear map, shared by the blocks, takes them to the tokens'."},
+        metadata={
+            "help": "Width the prompts live in; one linear map, shared by the blocks, takes them to the tokens'."
+        },
     )
     project_patches: bool = field(
         default=False,
@@ -183,7 +188,9 @@ class VPTConfig(PeftConfig):
             # `deep` is True by default and says nothing about prompts that are pixels.
             self.deep = False
             if self.layers_to_transform is not None:
-                raise ValueError(f"layers_to_transform has no meaning for prompt_location={where!r}: pixels enter once.")
+                raise ValueError(
+                    f"layers_to_transform has no meaning for prompt_location={where!r}: pixels enter once."
+                )
         if where != "prepend":
             for name, refused in (
                 ("projection_dim", self.projection_dim is not None),
@@ -208,7 +215,9 @@ class VPTConfig(PeftConfig):
                 f"pooling={self.pooling!r}."
             )
         if self.pool_before_norm and self.pooling in (None, "class") and self.token_type == "patch":
-            raise ValueError("pool_before_norm=True needs a mean to take: set pooling to 'image', 'prompt' or 'image_prompt'.")
+            raise ValueError(
+                "pool_before_norm=True needs a mean to take: set pooling to 'image', 'prompt' or 'image_prompt'."
+            )
         if self.share_prompts and not self.deep and self.layers_to_transform is None:
             raise ValueError("share_prompts=True needs several prompted blocks: set deep=True or layers_to_transform.")
 

@@ -14,6 +14,7 @@ from vpt_peft.encoder import BlockSpec, submodule
 from .plan import Role
 from .sequence import cut_tokens, insert_tokens, keep_initial_hidden_state, replace_tokens, widen_positions
 
+
 if TYPE_CHECKING:
     from .store import VPTPromptStore
 
@@ -99,15 +100,19 @@ class VPTLayer(nn.Module, PromptTunerLayer):
         """Take the hooks off and leave the block as it was."""
         for handle in self._handles:
             handle.remove()
-        attention = submodule(self.block, self.spec.attention.path)
-        if isinstance(attention.config if hasattr(attention, "config") else None, PromptedConfig):
+        attention: Any = submodule(self.block, self.spec.attention.path)
+        if isinstance(getattr(attention, "config", None), PromptedConfig):
             attention.config = attention.config.wrapped
         for name in ("_prompt_layer", "_interceptor"):
             attention.__dict__.pop(name, None)
 
     def playing(self) -> list[tuple[str, Role]]:
         """The active adapters that have a part in this block, with their roles."""
-        return [(name, self.roles[name]) for name in self.active_names() if name in self.roles and not self.roles[name].idle]
+        return [
+            (name, self.roles[name])
+            for name in self.active_names()
+            if name in self.roles and not self.roles[name].idle
+        ]
 
     def prompts_of(self, name: str, role: Role) -> torch.Tensor:
         """The prompts of one adapter as they come into this block, `(batch or 1, prompts, width)`."""
@@ -139,7 +144,9 @@ class VPTLayer(nn.Module, PromptTunerLayer):
             tokens = hidden.shape[1]
             hidden = insert_tokens(hidden, among, self.after)
             kwargs = widen_positions(kwargs, tokens, self.after, hidden.shape[1] - tokens)
-            args = (args[0], *widen_positions(args[1:], tokens, self.after, hidden.shape[1] - tokens)) if args else args
+            args = (
+                (args[0], *widen_positions(args[1:], tokens, self.after, hidden.shape[1] - tokens)) if args else args
+            )
             if self.index == 0:
                 keep_initial_hidden_state(original)
         if hidden is original:

@@ -52,7 +52,7 @@ class VPTModel(BaseTuner):
     tuner_layer_cls = PromptTunerLayer
     target_module_mapping: dict[str, list[str]] = {}
 
-    def _prepare_adapter_config(self, peft_config: VPTConfig, model_config: Any) -> VPTConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> VPTConfig:
         """Look at the model, check the configuration against it and find the head; nothing is changed yet."""
         store = find_store(self.model)
         if store is not None:
@@ -85,10 +85,12 @@ class VPTModel(BaseTuner):
         else:
             spec, path = self._found, self._found.path
         roles = make_roles(config, spec)
-        chosen = sorted({*prompted_blocks(config, spec), *(i for i, role in enumerate(roles) if role.temperature)}) or [0]
+        chosen = sorted(
+            {*prompted_blocks(config, spec), *(i for i, role in enumerate(roles) if role.temperature)}
+        ) or [0]
         return [f"{path}.{spec.blocks[index].path}" if path else spec.blocks[index].path for index in chosen]
 
-    def _check_target_module_exists(self, peft_config: VPTConfig, key: str) -> bool:  # type: ignore[override]
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
         return key in self._targets(peft_config)
 
     def inject_adapter(
@@ -112,7 +114,7 @@ class VPTModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: VPTConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -148,7 +150,7 @@ class VPTModel(BaseTuner):
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
-    ) -> nn.Module:
+    ) -> Any:
         if merge:
             raise ValueError(
                 "Prompts are inputs, not changes of weights, so merge_and_unload() cannot put them into the model. Use "
@@ -164,7 +166,7 @@ class VPTModel(BaseTuner):
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
-        config: VPTConfig,
+        config: Any,
         adapter_name: str,
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
@@ -183,7 +185,7 @@ class VPTModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: VPTConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Put the adapter's name back and the path of this model's encoder for the one the file was saved under."""
         path = next(name for name, module in model.named_modules() if isinstance(module, VPTPromptStore))
@@ -192,4 +194,3 @@ class VPTModel(BaseTuner):
             match = re.match(rf"^(?:.*\.)?prompt_tuner\.({cls.prefix}[a-z_]+)\.(.+)$", key)
             remapped[f"{path}.{match[1]}.{adapter_name}.{match[2]}" if match else key] = value
         return remapped
-

@@ -8,6 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+
 if TYPE_CHECKING:
     from .store import VPTPromptStore
 

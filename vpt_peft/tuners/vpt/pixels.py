@@ -12,6 +12,7 @@ from vpt_peft.encoder.inputs import IMAGE_INPUTS
 
 from .prompts import Prompt
 
+
 if TYPE_CHECKING:
     from .config import VPTConfig
     from .store import VPTPromptStore

@@ -9,6 +9,7 @@ from torch import nn
 
 from vpt_peft.encoder import submodule
 
+
 if TYPE_CHECKING:
     from .store import VPTPromptStore
 

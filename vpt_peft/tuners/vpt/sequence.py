@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
+
 try:
     from transformers.utils.output_capturing import _active_collector
 except ImportError:  # the collector has moved: hidden_states[0] then shows the prompts, nothing else depends on it
-    _active_collector = None
+    _active_collector = None  # type: ignore[assignment]
 
 
 def insert_tokens(hidden: torch.Tensor, prompts: list[torch.Tensor], position: int) -> torch.Tensor:
@@ -49,9 +50,10 @@ def widen_positions(arguments: Any, tokens: int, position: int, count: int) -> A
 
 
 def _widen_table(value: Any, tokens: int, position: int, count: int) -> Any:
-    is_pair = isinstance(value, tuple) and len(value) == 2 and all(isinstance(part, torch.Tensor) for part in value)
+    is_pair = isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(p, torch.Tensor) for p in value)
     if is_pair and all(part.dim() >= 2 and part.shape[-2] == tokens for part in value):
-        return tuple(_widen(part, -2, position, count, neutral) for part, neutral in zip(value, (1.0, 0.0), strict=True))
+        cosine, sine = value
+        return type(value)((_widen(cosine, -2, position, count, 1.0), _widen(sine, -2, position, count, 0.0)))
     if isinstance(value, torch.Tensor) and value.is_complex():
         dim = next((d for d, size in enumerate(value.shape) if size == tokens), None)
         return value if dim is None else _widen(value, dim, position, count, 1.0)

@@ -20,6 +20,7 @@ from .plan import make_roles, prompted_blocks
 from .pooling import attach_pooling
 from .prompts import ElementwiseGate, Prompt, ScalarGate, Temperature
 
+
 PARTS = ("prompts", "projection", "patch_embedding", "gates", "temperatures")
 PREFIXES = ("vpt_", "gated_prompt_")
 
@@ -87,7 +88,7 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
     def container(self, name: str, part: str) -> nn.ModuleDict:
         """The container that holds one part of an adapter, by its method."""
         config = self.configs[name]
-        prefix = config.peft_type.value.lower() + "_"
+        prefix = str(getattr(config.peft_type, "value", config.peft_type)).lower() + "_"
         return getattr(self, prefix + part)
 
     def part(self, name: str, part: str, key: str | None = None) -> Any:
@@ -95,7 +96,7 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
         container = self.container(name, part)
         if name not in container:
             return None
-        entry = container[name]
+        entry: Any = container[name]
         return entry if key is None else (entry[key] if key in entry else None)
 
     def update_layer(self, name: str, config: VPTConfig) -> None:
@@ -163,7 +164,7 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
         """Number of pixel values in one patch (channels · height · width), for the prompts' initial scale."""
         if self.spec.patch_embedding is None:
             return 3 * 16 * 16
-        convolution = submodule(self.encoder, self.spec.patch_embedding)
+        convolution: Any = submodule(self.encoder, self.spec.patch_embedding)
         return 3 * math.prod(convolution.kernel_size[-2:])
 
     def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
@@ -208,7 +209,9 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
                 projection = self.part(name, "projection")
                 is_special = torch.zeros(hidden.shape[1], 1, dtype=torch.bool, device=hidden.device)
                 is_special[list(self.spec.special)] = True
-                hidden = torch.where(is_special, hidden, projection(hidden.to(projection.weight.dtype)).to(hidden.dtype))
+                hidden = torch.where(
+                    is_special, hidden, projection(hidden.to(projection.weight.dtype)).to(hidden.dtype)
+                )
         return hidden
 
     def merge_stage(self, index: int, prompts: torch.Tensor) -> torch.Tensor:
@@ -246,7 +249,7 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
             freeze_modes(self)
         for name in active:
             for temperature in (self.part(name, "temperatures") or nn.ModuleDict()).values() if grad else ():
-                temperature.clamp_stored()
+                temperature.clamp_stored()  # type: ignore[operator]
         changed = pixels.enter_image(self, active, args, kwargs)
         if self.checkpointing and active and input_needs_grad(self):
             changed = pixels.require_input_grad(*(changed or (args, kwargs)))
