@@ -13,6 +13,7 @@ from transformers import SwinConfig, SwinForImageClassification, ViTConfig, ViTF
 
 from vpt_peft.official import config_from_official, load_official_state_dict, official_state_dict
 
+
 CASES = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
 TOLERANCE = 1e-9
 
@@ -67,7 +68,7 @@ def prompted(metadata: dict[str, str], tensors: dict[str, torch.Tensor]):
 
 
 def deviation(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).abs().max())
+    return float((found - expected).detach().abs().max())
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -21,7 +21,8 @@ class AttentionExtras:
         temperature: Divides the logits of all tokens, a tensor of one element; `None` without.
         inserted: (position, count) of prompt tokens that stand in the sequence; count 0 without.
         queries: Of prompts that run beside windows, `(batch, heads, prompts, head_dim)`; `None` without.
-        mask: Additive mask over the prompts per image, `(batch, 1, 1, prompts)`; `None` if all are seen.
+        mask: Additive mask over the key/value prompts per image, `(batch, 1, 1, prompts)`; `None` if all are seen.
+        inserted_mask: The same over prompt tokens in the sequence.
         mask_open: The value float masks hold where attention is allowed.
     """
 
@@ -31,12 +32,26 @@ class AttentionExtras:
     inserted: tuple[int, int] = (0, 0)
     queries: torch.Tensor | None = None
     mask: torch.Tensor | None = None
+    inserted_mask: torch.Tensor | None = None
     mask_open: float = 0.0
 
     @property
     def prompts(self) -> int:
         """Number of key/value prompts."""
         return 0 if self.keys is None else self.keys.shape[-2]
+
+    def hidden_columns(self, keys: int, rows: int) -> torch.Tensor | None:
+        """Additive mask `(rows, 1, 1, prompts + keys)` that hides padding among prompts; `None` if there is none."""
+        some = self.mask if self.mask is not None else self.inserted_mask
+        if some is None:
+            return None
+        columns = some.new_zeros((rows, 1, 1, self.prompts + keys))
+        if self.mask is not None:
+            columns[..., : self.prompts] = over_rows(self.mask, rows)
+        if self.inserted_mask is not None:
+            start = self.prompts + self.inserted[0]
+            columns[..., start : start + self.inserted[1]] = over_rows(self.inserted_mask, rows)
+        return columns
 
 
 def _normed(block: nn.Module, spec: AttentionSpec, prompts: torch.Tensor) -> torch.Tensor:

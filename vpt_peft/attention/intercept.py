@@ -85,8 +85,7 @@ class PromptInterceptor(TorchFunctionMode):
 
     def _product(self, func, left: torch.Tensor, right: torch.Tensor):
         if self.scores is None and left.shape[-1] == right.shape[-2] and left.dim() >= 3:
-            if self.extras.temperature is not None:
-                left = left / self.extras.temperature
+            left = self._cooled(left)
             self.scores = func(left, right)
             if self.extras.keys is not None:
                 keys = self._grouped(self.extras.keys, left).to(left.dtype)
@@ -106,6 +105,8 @@ class PromptInterceptor(TorchFunctionMode):
             self.scores = func(*args, **kwargs)
             return self.scores
         prompts = self.prompt_scores.to(scores.dtype).reshape(*scores.shape[:-1], -1)
+        if self.extras.mask is not None:
+            prompts = prompts + self._mask_like(scores)
         weights = func(torch.cat([prompts, scores], dim=-1), *args[1:], **kwargs)
         self.prompt_scores, self.scores = weights.split([prompts.shape[-1], scores.shape[-1]], dim=-1)
         return self.scores
@@ -123,15 +124,33 @@ class PromptInterceptor(TorchFunctionMode):
         extra = over_rows(extra, like.shape[0])
         return extra if like.dim() == 4 else extra.unsqueeze(2).expand(-1, -1, like.shape[2], -1, -1)
 
+    def _cooled(self, query: torch.Tensor) -> torch.Tensor:
+        """Queries divided by the temperature, one for all or one per image."""
+        temperature = self.extras.temperature
+        if temperature is None:
+            return query
+        if temperature.numel() == 1:
+            return query / temperature.view(()).to(query.dtype)
+        per_row = over_rows(temperature.flatten(), query.shape[0])
+        return query / per_row.view(-1, *[1] * (query.dim() - 1)).to(query.dtype)
+
+    def _mask_like(self, scores: torch.Tensor) -> torch.Tensor:
+        """The mask over padding among prompts, with the rows of `scores`."""
+        mask = over_rows(self.extras.mask.flatten(1), scores.shape[0])  # type: ignore[union-attr]
+        return mask.view(mask.shape[0], *[1] * (scores.dim() - 2), -1).to(scores.dtype)
+
     def _sdpa(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
-        queries, keys = query.shape[-2], key.shape[-2]
-        if self.extras.temperature is not None:
-            query = query / self.extras.temperature
+        queries, keys, rows = query.shape[-2], key.shape[-2], query.shape[0]
+        query = self._cooled(query)
         if attn_mask is not None:
             attn_mask = widen_mask(attn_mask, queries, keys, self.extras)
         if self.extras.keys is not None:
             key = torch.cat([self._grouped(self.extras.keys, key).to(key.dtype), key], dim=-2)
             value = torch.cat([self._grouped(self.extras.values, value).to(value.dtype), value], dim=-2)
+        hidden = self.extras.hidden_columns(keys, rows)
+        if hidden is not None and key.dim() == 4:
+            hidden = hidden.to(query.dtype)
+            attn_mask = hidden if attn_mask is None else attn_mask + hidden
         return SDPA(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
 
 

@@ -80,7 +80,7 @@ def prompted_attention(
         return function(_seen_by(name, module), query, key, value, attention_mask, *args, **kwargs)
     queries, keys, rows = query.shape[-2], key.shape[-2], query.shape[0]
     if extras.temperature is not None:
-        query = query / extras.temperature
+        query = query / over_rows(extras.temperature, rows)
     if attention_mask is not None:
         attention_mask = _widen(attention_mask, queries, keys, rows, extras)
     bias = kwargs.get("position_bias")
@@ -89,8 +89,9 @@ def prompted_attention(
     if extras.keys is not None and extras.values is not None:
         key = torch.cat([over_rows(extras.keys, rows), key], dim=2)
         value = torch.cat([over_rows(extras.values, rows), value], dim=2)
-        if extras.mask is not None:
-            attention_mask = _hide_padding(attention_mask, extras.mask, keys, rows, query)
+    hidden = extras.hidden_columns(keys, rows)
+    if hidden is not None:
+        attention_mask = _hide_padding(attention_mask, hidden, query)
     if extras.queries is not None:
         query = torch.cat([over_rows(extras.queries, rows), query], dim=2)
     output, maps = function(_seen_by(name, module), query, key, value, attention_mask, *args, **kwargs)
@@ -136,15 +137,12 @@ def _widen_block_mask(mask: Any, queries: int, keys: int, extras: AttentionExtra
     return create_block_mask(mask_mod, batch, heads, queries, keys + prompts, device=mask.kv_num_blocks.device)
 
 
-def _hide_padding(
-    mask: torch.Tensor | None, hidden: torch.Tensor, keys: int, rows: int, query: torch.Tensor
-) -> torch.Tensor:
-    """Add the per-image mask over prompts to whatever mask there is."""
-    shape = (rows, 1, 1, hidden.shape[-1] + keys)
-    padded = torch.zeros(shape, dtype=query.dtype, device=query.device)
-    padded[..., : hidden.shape[-1]] = over_rows(hidden.to(query.dtype), rows)
+def _hide_padding(mask: Any, hidden: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Add a mask over padding among prompts `(rows, 1, 1, keys)` to whatever mask there is."""
     if mask is None:
-        return padded.expand(-1, -1, query.shape[-2], -1)
+        return hidden.to(query.dtype).expand(-1, -1, query.shape[-2], -1)
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
+        raise ValueError("adapter_names with prompts of different lengths needs eager or sdpa attention; set it so.")
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
-    return mask + padded
+    return mask + hidden.to(query.dtype)

@@ -69,6 +69,8 @@ class GatedVPTConfig(VPTConfig):
             )
         if self.implementation == "kv":
             raise ValueError("implementation='kv' is not exact for gated prompts, whose outputs matter; use 'auto'.")
+        if self.gate == "none" and self.num_gates is not None:
+            raise ValueError(f"num_gates={self.num_gates} has no meaning with gate='none'; drop it.")
         if not 0 < self.temperature_min < self.temperature_max:
             raise ValueError(
                 f"temperature_min={self.temperature_min} must be above 0 and below "

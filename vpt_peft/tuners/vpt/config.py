@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -200,7 +201,17 @@ class VPTConfig(PeftConfig):
                     raise ValueError(f"{name} is defined for prompt tokens only, not for {where!r}; {kept}.")
             if self.implementation == "kv":
                 raise ValueError(f"implementation='kv' has no meaning for prompt_location={where!r}; use 'auto'.")
+        for name in ("target_modules", "exclude_modules"):
+            if getattr(self, name) is not None:
+                warnings.warn(
+                    f"{name} has no effect: blocks are found in the model, choose them by layers_to_transform.",
+                    stacklevel=4,
+                )
         if where not in ("prepend", "prepend_pixel"):
+            if not self.propagate:
+                raise ValueError(
+                    f"propagate=False needs prompt tokens that could flow on; {where!r} has none. Drop it."
+                )
             if self.pooling in ("prompt", "image_prompt"):
                 raise ValueError(f"pooling={self.pooling!r} needs prompt tokens; prompt_location={where!r} has none.")
             if self.token_type == "class":

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from vpt_peft.attention import AttentionExtras, PromptedConfig, attach_interceptor, project_key_values, project_queries
 from vpt_peft.encoder import BlockSpec, submodule
 
+from .mixed import MixedBatch, additive
 from .plan import Role
 from .sequence import cut_tokens, insert_tokens, keep_initial_hidden_state, replace_tokens, widen_positions
 
 
 if TYPE_CHECKING:
     from .store import VPTPromptStore
+
+Playing = list[tuple[str, Role]]
 
 
 class PromptTunerLayer(BaseTunerLayer):
@@ -34,9 +39,13 @@ class PromptTunerLayer(BaseTunerLayer):
     def bias(self) -> None:  # type: ignore[override]
         return None
 
+    mixed: MixedBatch | None = None
+
     def active_names(self) -> list[str]:
-        """Active adapters, none while adapters are disabled."""
-        return [] if self.disable_adapters else list(self.active_adapters)
+        """Active adapters, in a mixed batch those of its images; none while adapters are disabled."""
+        if self.disable_adapters:
+            return []
+        return list(self.active_adapters) if self.mixed is None else self.mixed.adapters
 
 
 class VPTLayer(nn.Module, PromptTunerLayer):
@@ -54,7 +63,7 @@ class VPTLayer(nn.Module, PromptTunerLayer):
     """
 
     adapter_layer_names = ()
-    other_param_names = ("roles",)
+    other_param_names = ("roles", "merged_keys", "merged_values")
 
     def __init__(self, index: int, spec: BlockSpec, block: nn.Module, store: VPTPromptStore, after: int) -> None:
         super().__init__()
@@ -65,8 +74,11 @@ class VPTLayer(nn.Module, PromptTunerLayer):
         self.carried: dict[str, torch.Tensor] = {}
         self.entered: dict[str, torch.Tensor] = {}
         self.inserted = 0
+        self.hidden: torch.Tensor | None = None
         self.side_outputs: torch.Tensor | None = None
         self.rows = 1
+        self.merged_keys = BufferDict({}, persistent=False)
+        self.merged_values = BufferDict({}, persistent=False)
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
@@ -106,7 +118,7 @@ class VPTLayer(nn.Module, PromptTunerLayer):
         for name in ("_prompt_layer", "_interceptor"):
             attention.__dict__.pop(name, None)
 
-    def playing(self) -> list[tuple[str, Role]]:
+    def playing(self) -> Playing:
         """The active adapters that have a part in this block, with their roles."""
         return [
             (name, self.roles[name])
@@ -132,13 +144,24 @@ class VPTLayer(nn.Module, PromptTunerLayer):
         hidden = self.store.project_patches(self.index, hidden)
         among = []
         for name, role in playing:
+            rows = None if self.mixed is None else self.mixed.rows(name, hidden.device)
             if role.mode == "add":
-                hidden = hidden + self.store.prompts(name, role.source, 1).to(hidden.dtype)
+                prompts = self.store.prompts(name, role.source, 1).to(hidden.dtype)
+                hidden = (
+                    hidden + prompts
+                    if rows is None
+                    else hidden.index_add(0, rows, prompts.expand(len(rows), *hidden.shape[1:]))
+                )
             elif role.mode in ("token", "side"):
                 prompts = self.prompts_of(name, role).to(hidden.dtype)
-                self.entered[name] = prompts.expand(self.rows, -1, -1)
+                self.entered[name] = prompts.expand(self.rows if rows is None else len(rows), -1, -1)
                 if role.mode == "token":
                     among.append(self.entered[name])
+        if among and self.mixed is not None:
+            spread, self.hidden = self.mixed.spread(
+                {n: self.entered[n] for n, role in playing if role.mode == "token"}
+            )
+            among = [spread]
         self.inserted = sum(prompts.shape[1] for prompts in among)
         if among:
             tokens = hidden.shape[1]
@@ -165,7 +188,10 @@ class VPTLayer(nn.Module, PromptTunerLayer):
         among = [(name, role) for name, role in playing if role.mode == "token"]
         lengths = [self.entered[name].shape[1] for name, _ in among]
         if among:
-            hidden, parts = cut_tokens(hidden, self.after, lengths)
+            hidden, parts = cut_tokens(hidden, self.after, lengths if self.mixed is None else [self.inserted])
+            if self.mixed is not None:
+                rows = [self.mixed.rows(name, hidden.device) for name, _ in among]
+                parts = [parts[0][mine, :length] for mine, length in zip(rows, lengths, strict=True)]
             for (name, role), part in zip(among, parts, strict=True):
                 self.hand_on(name, role, part)
         for name, role in playing:
@@ -176,6 +202,7 @@ class VPTLayer(nn.Module, PromptTunerLayer):
 
     def forget(self) -> None:
         """Drop the prompts on their way, unless the block will be run again to recompute its activations."""
+        self.hidden = None
         if not self.store.checkpointing:
             self.carried.clear()
             self.entered.clear()
@@ -194,29 +221,77 @@ class VPTLayer(nn.Module, PromptTunerLayer):
         playing = self.playing()
         if not playing:
             return None
-        attention = self.spec.attention
-        extras = AttentionExtras(inserted=(self.after, self.inserted), mask_open=attention.mask_open)
-        beside, as_keys = [], []
-        for name, role in playing:
-            if role.temperature:
-                temperature = self.store.temperature(name, self.index)
-                extras.temperature = temperature if extras.temperature is None else extras.temperature * temperature
-            if role.mode == "kv":
-                as_keys.append(self.prompts_of(name, role))
-            elif role.mode == "side":
-                beside.append(self.entered[name])
+        extras = AttentionExtras(inserted=(self.after, self.inserted), mask_open=self.spec.attention.mask_open)
+        self._add_temperature(extras, playing, dtype)
+        if self.mixed is not None:
+            self._add_mixed(extras, playing, dtype)
+            return extras
+        beside = [self.entered[name] for name, role in playing if role.mode == "side"]
+        as_keys = [(name, role) for name, role in playing if role.mode == "kv"]
         if beside or as_keys:
-            rows = max(prompts.shape[0] for prompts in (*beside, *as_keys))
-            prompts = [part.expand(rows, -1, -1) for part in (*beside, *as_keys)]
-            joined = torch.cat(prompts, dim=1) if len(prompts) > 1 else prompts[0]
-            joined = joined if dtype is None else joined.to(dtype)
-            extras.keys, extras.values = project_key_values(self.block, attention, joined)
-            if beside:
-                queries = torch.cat(beside, dim=1) if len(beside) > 1 else beside[0]
-                extras.queries = project_queries(self.block, attention, queries)
-        if dtype is not None and extras.temperature is not None:
-            extras.temperature = extras.temperature.to(dtype)
+            made = [self._project(prompts, dtype) for prompts in beside]
+            made += [self.key_values(name, role, dtype) for name, role in as_keys]
+            extras.keys, extras.values = join([pair[0] for pair in made]), join([pair[1] for pair in made])
+        if beside:
+            extras.queries = project_queries(self.block, self.spec.attention, join(beside, dim=1))
         return extras
+
+    def _project(self, prompts: torch.Tensor, dtype: torch.dtype | None) -> tuple[torch.Tensor, torch.Tensor]:
+        return project_key_values(self.block, self.spec.attention, prompts if dtype is None else prompts.to(dtype))
+
+    def key_values(self, name: str, role: Role, dtype: torch.dtype | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one adapter's prompts, `(batch or 1, heads, prompts, head_dim)`; constants once merged."""
+        if name in self.merged_adapters and name in self.merged_keys:
+            keys, values = self.merged_keys[name], self.merged_values[name]
+            return (keys, values) if dtype is None else (keys.to(dtype), values.to(dtype))
+        return self._project(self.prompts_of(name, role), dtype)
+
+    def _add_temperature(self, extras: AttentionExtras, playing: Playing, dtype: torch.dtype | None) -> None:
+        warm = [name for name, role in playing if role.temperature]
+        for name in warm:
+            temperature = self.store.temperature(name, self.index)
+            temperature = temperature if dtype is None else temperature.to(dtype)
+            if self.mixed is not None:
+                rows = self.mixed.rows(name, temperature.device)
+                per_image = temperature.new_ones(len(self.mixed.names))
+                temperature = per_image.index_copy(0, rows, temperature.expand(len(rows))).view(-1, 1, 1, 1)
+            extras.temperature = temperature if extras.temperature is None else extras.temperature * temperature
+
+    def _add_mixed(self, extras: AttentionExtras, playing: Playing, dtype: torch.dtype | None) -> None:
+        """Prompts of a mixed batch: keys and values padded to the longest adapter, the padding masked."""
+        mixed, mask_dtype = self.mixed, dtype or self.store.device_and_dtype()[1]
+        if mixed is None:
+            return
+        if any(role.mode == "side" for _, role in playing):
+            raise ValueError("adapter_names: prompts that run beside windows cannot share a batch; run them apart.")
+        if self.hidden is not None:
+            extras.inserted_mask = additive(self.hidden, mask_dtype)
+        as_keys = [(name, role) for name, role in playing if role.mode == "kv"]
+        if not as_keys:
+            return
+        made = {name: self.key_values(name, role, dtype) for name, role in as_keys}
+        extras.keys, hidden = _spread_heads(mixed, {name: pair[0] for name, pair in made.items()})
+        extras.values, _ = _spread_heads(mixed, {name: pair[1] for name, pair in made.items()})
+        extras.mask = None if hidden is None else additive(hidden, mask_dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Turn this block's own prompts into constant keys and values, so that inference needs no norm or maps."""
+        for name in adapter_names or self.active_adapters:
+            role = self.roles.get(name)
+            if role is None or role.mode != "kv" or role.source is None or name in self.merged_adapters:
+                continue
+            with torch.no_grad():
+                self.rows = 1
+                keys, values = self._project(self.prompts_of(name, role), self.store.device_and_dtype()[1])
+            self.merged_keys[name], self.merged_values[name] = keys.contiguous(), values.contiguous()
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Go back from constants to prompts."""
+        for name in self.merged_adapters:
+            if name in self.merged_keys:
+                del self.merged_keys[name], self.merged_values[name]
+        self.merged_adapters.clear()
 
     def receive_side_outputs(self, outputs: torch.Tensor) -> None:
         """Attention outputs of prompts beside the windows, `(rows, prompts, heads, head_dim)`: the mean over windows."""
@@ -244,6 +319,21 @@ class VPTLayer(nn.Module, PromptTunerLayer):
     def extra_repr(self) -> str:
         roles = ", ".join(f"{name}: {role.mode}" for name, role in self.roles.items())
         return f"block={self.index}, {roles}"
+
+
+def _spread_heads(mixed: MixedBatch, parts: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Keys or values per adapter `(sets, heads, prompts, head_dim)` spread over the images of a mixed batch."""
+    heads = next(iter(parts.values())).shape[1]
+    spread, hidden = mixed.spread({name: part.transpose(1, 2).flatten(2) for name, part in parts.items()})
+    return spread.unflatten(-1, (heads, -1)).transpose(1, 2), hidden
+
+
+def join(parts: Sequence[torch.Tensor], dim: int = -2) -> torch.Tensor:
+    """Parts `(batch or 1, ...)` one after the other along `dim`."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = max(part.shape[0] for part in parts)
+    return torch.cat([part.expand(rows, *part.shape[1:]) for part in parts], dim=dim)
 
 
 def enter_block(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:

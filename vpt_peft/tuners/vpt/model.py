@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from vpt_peft.encoder import find_encoder, submodule
+from vpt_peft.encoder.inputs import IMAGE_INPUTS
 from vpt_peft.heads import find_task_head
 
 from .check import check_key_values
 from .config import VPTConfig
 from .layer import PromptTunerLayer
+from .mixed import MixedBatch, check_names
 from .modes import set_frozen_eval
 from .plan import check_config, make_roles, prompted_blocks
 from .store import VPTPromptStore, find_store
+
+
+def _name_adapters(names: list[str], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    """Forward pre-hook of a trained module (a head): tell it the adapter of each image."""
+    return args, {**kwargs, "adapter_names": names}
 
 
 class VPTModel(BaseTuner):
@@ -106,6 +117,8 @@ class VPTModel(BaseTuner):
 
         An adapter that is refused leaves the model and its list of adapters as they were.
         """
+        # A copy, since what is found in this model (its head) must not go into the next one with the caller's config.
+        self.peft_config[adapter_name] = copy(self.peft_config[adapter_name])
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
         except Exception:
@@ -131,10 +144,74 @@ class VPTModel(BaseTuner):
         store.update_layer(adapter_name, peft_config)
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
-        if kwargs.pop("adapter_names", None) is not None:
-            raise NotImplementedError("adapter_names")
-        yield
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Run one batch with an adapter of its own for each image (`adapter_names`), heads included."""
+        names, store = kwargs.pop("adapter_names", None), find_store(self.model)
+        if names is None or store is None:
+            yield
+            return
+        names = check_names(names, list(self.peft_config), self.training)
+        images = next(
+            (kwargs[name] for name in IMAGE_INPUTS if kwargs.get(name) is not None), args[0] if args else None
+        )
+        if images is not None and len(names) != images.shape[0]:
+            raise ValueError(f"adapter_names has {len(names)} names for {images.shape[0]} images; give one per image.")
+        refused = [
+            n for n in set(names) & set(store.configs) if store.configs[n].prompt_location in ("pad", "channel")
+        ]
+        if refused:
+            raise ValueError(
+                f"adapter_names: {refused} change the whole image; run their images in a batch of their own."
+            )
+        mixed = MixedBatch(names)
+        layers = [module for module in self.model.modules() if isinstance(module, PromptTunerLayer)]
+        handles = [
+            module.register_forward_pre_hook(partial(_name_adapters, names), with_kwargs=True)
+            for module in self.model.modules()
+            if isinstance(module, AuxiliaryTrainingWrapper)
+        ]
+        for layer in layers:
+            layer.mixed = mixed
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.mixed = None
+            for handle in handles:
+                handle.remove()
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Turn deep prompts into constant keys and values: inference then needs no norm and no maps for them.
+
+        Outputs stay the same; prompts that enter a block as tokens stay as they are. Training needs
+        `unmerge_adapter()` first.
+
+        Raises:
+            ValueError: An adapter is unknown, merged already, has no prompts that run as keys and values, or
+                (`safe_merge`) holds values that are not finite. Nothing is changed then.
+        """
+        names = adapter_names if adapter_names is not None else self.active_adapters
+        store = find_store(self.model)
+        for name in names:
+            if store is None or name not in store.configs:
+                raise ValueError(f"adapter_names={names!r}: {name!r} is not an adapter of this model.")
+            if any(name in layer.merged_adapters for layer in store.layers):
+                raise ValueError(f"adapter {name!r} is merged already; call unmerge_adapter() first.")
+            roles = [layer.roles[name] for layer in store.layers]
+            if not any(role.mode == "kv" and role.source is not None for role in roles):
+                raise ValueError(
+                    f"adapter {name!r} has no deep prompts that run as keys and values, so nothing of it is constant."
+                )
+            if safe_merge and not all(p.isfinite().all() for n, p in store.named_parameters() if f".{name}." in n):
+                raise ValueError(f"adapter {name!r} holds values that are not finite.")
+        for layer in store.layers if store is not None else ():
+            layer.merge(adapter_names=list(names))
+
+    def unmerge_adapter(self) -> None:
+        """Go back from constant keys and values to prompts."""
+        store = find_store(self.model)
+        for layer in store.layers if store is not None else ():
+            layer.unmerge()
 
     def train(self, mode: bool = True) -> VPTModel:
         """Training mode for the adapters and the head; frozen parts stay in eval mode (`base_in_eval`)."""

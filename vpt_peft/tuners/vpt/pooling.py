@@ -50,13 +50,24 @@ def hand_to_head(store: VPTPromptStore, tokens: torch.Tensor, pooled: torch.Tens
     return tokens + (pooled - tokens.mean(dim=1, keepdim=True))
 
 
+def pooled(store: VPTPromptStore, name: str, tokens: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
+    """Tokens with what adapter `name` pools in place; `norm` is applied to the prompts where it was to the tokens."""
+    prompts = store.final.get(name)
+    if prompts is not None and norm is not None:
+        prompts = type(norm).forward(norm, prompts)
+    if store.mixed is None:
+        return hand_to_head(store, tokens, pool(store, name, tokens, prompts))
+    rows = store.mixed.rows(name, tokens.device)
+    mine = tokens[rows]
+    return tokens.index_copy(0, rows, hand_to_head(store, mine, pool(store, name, mine, prompts)))
+
+
 def pool_before(norm: nn.Module, args: tuple) -> tuple | None:
     """Forward pre-hook of the final norm."""
     store: VPTPromptStore = norm.__dict__["_prompt_store"]
-    tokens = args[0]
-    names = pooled_names(store, before_norm=True)
+    tokens, names = args[0], pooled_names(store, before_norm=True)
     for name in names:
-        tokens = hand_to_head(store, tokens, pool(store, name, tokens, store.final.get(name)))
+        tokens = pooled(store, name, tokens, None)
     return (tokens, *args[1:]) if names else None
 
 
@@ -65,9 +76,7 @@ def pool_after(norm: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tens
     store: VPTPromptStore = norm.__dict__["_prompt_store"]
     names = pooled_names(store, before_norm=False)
     for name in names:
-        prompts = store.final.get(name)
-        normed = None if prompts is None else type(norm).forward(norm, prompts)
-        output = hand_to_head(store, output, pool(store, name, output, normed))
+        output = pooled(store, name, output, norm)
     return output if names else None
 
 

@@ -209,10 +209,16 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
                 projection = self.part(name, "projection")
                 is_special = torch.zeros(hidden.shape[1], 1, dtype=torch.bool, device=hidden.device)
                 is_special[list(self.spec.special)] = True
-                hidden = torch.where(
-                    is_special, hidden, projection(hidden.to(projection.weight.dtype)).to(hidden.dtype)
-                )
+                projected = projection(hidden.to(projection.weight.dtype)).to(hidden.dtype)
+                hidden = self.for_images_of(name, hidden, torch.where(is_special, hidden, projected))
         return hidden
+
+    def for_images_of(self, name: str, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        """`after` for the images of one adapter, `before` for the others of a mixed batch."""
+        if self.mixed is None:
+            return after
+        rows = self.mixed.rows(name, before.device)
+        return before.index_copy(0, rows, after[rows])
 
     def merge_stage(self, index: int, prompts: torch.Tensor) -> torch.Tensor:
         """Prompts that flow into a hierarchical encoder's next stage: each stands for the four patches it merges."""

@@ -1,0 +1,96 @@
+"""One batch, many adapters: which rows belong to which adapter, and prompts of different lengths side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+BASE = "__base__"
+
+
+class MixedBatch:
+    """The adapters of the images of one batch.
+
+    Args:
+        names: One adapter name per image; "__base__" for none.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+        self.adapters = [name for name in dict.fromkeys(names) if name != BASE]
+        self._rows: dict[tuple[str, torch.device], torch.Tensor] = {}
+        self._index: dict[tuple, tuple[torch.Tensor, torch.Tensor | None]] = {}
+
+    def rows(self, name: str, device: torch.device) -> torch.Tensor:
+        """Indices of an adapter's images."""
+        key = (name, device)
+        if key not in self._rows:
+            found = [row for row, owner in enumerate(self.names) if owner == name]
+            self._rows[key] = torch.tensor(found, dtype=torch.long, device=device)
+        return self._rows[key]
+
+    def flatten(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        """All prompts one after the other, `(1, prompts of all adapters, width)`.
+
+        Args:
+            parts: Prompts per adapter: `(1, prompts, width)`, or one set per image of the adapter.
+        """
+        return torch.cat([part.reshape(1, -1, part.shape[-1]) for part in parts.values()], dim=1)
+
+    def index(self, parts: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Where each image's prompts are in the flattened ones.
+
+        Returns:
+            Indices `(batch, longest)` and a boolean mask `(batch, longest)` of the places that hold no prompt, `None`
+            if all are taken.
+        """
+        shapes = tuple((name, part.shape[0], part.shape[1]) for name, part in parts.items())
+        device = next(iter(parts.values())).device
+        key = (shapes, device)
+        if key not in self._index:
+            longest = max(length for _, _, length in shapes)
+            places = torch.zeros(len(self.names), longest, dtype=torch.long)
+            empty = torch.ones(len(self.names), longest, dtype=torch.bool)
+            start = 0
+            for name, sets, length in shapes:
+                images = [row for row, owner in enumerate(self.names) if owner == name]
+                for number, row in enumerate(images):
+                    first = start + (number * length if sets > 1 else 0)
+                    places[row, :length] = torch.arange(first, first + length)
+                    empty[row, :length] = False
+                start += sets * length
+            hidden = empty.to(device) if bool(empty.any()) else None
+            self._index[key] = places.to(device), hidden
+        return self._index[key]
+
+    def spread(self, parts: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Prompts per image, `(batch, longest, width)`, and the mask of places that hold none."""
+        places, hidden = self.index(parts)
+        return self.flatten(parts)[0][places], hidden
+
+
+def additive(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """An additive attention mask `(batch, 1, 1, places)` from a boolean one `(batch, places)`."""
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+    return mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None, None]
+
+
+def check_names(names: object, known: Sequence[str], training: bool) -> list[str]:
+    """The adapter names of a batch, checked.
+
+    Raises:
+        TypeError: Not a list of names.
+        ValueError: A name is not an adapter of the model, or the model is in training mode.
+    """
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"adapter_names={names!r} must be a list with one adapter name per image.")
+    if training:
+        raise ValueError("adapter_names is for inference: call model.eval() first.")
+    unknown = sorted(set(names) - set(known) - {BASE})
+    if unknown:
+        raise ValueError(
+            f"adapter_names holds {unknown}, but the model's adapters are {sorted(known)} (and '{BASE}' for none)."
+        )
+    return list(names)
