@@ -250,11 +250,11 @@ class VPTLayer(nn.Module, PromptTunerLayer):
         warm = [name for name, role in playing if role.temperature]
         for name in warm:
             temperature = self.store.temperature(name, self.index)
-            temperature = temperature if dtype is None else temperature.to(dtype)
+            temperature = (temperature if dtype is None else temperature.to(dtype)).view(1, 1, 1, 1)
             if self.mixed is not None:
                 rows = self.mixed.rows(name, temperature.device)
                 per_image = temperature.new_ones(len(self.mixed.names))
-                temperature = per_image.index_copy(0, rows, temperature.expand(len(rows))).view(-1, 1, 1, 1)
+                temperature = per_image.index_copy(0, rows, temperature.view(1).expand(len(rows))).view(-1, 1, 1, 1)
             extras.temperature = temperature if extras.temperature is None else extras.temperature * temperature
 
     def _add_mixed(self, extras: AttentionExtras, playing: Playing, dtype: torch.dtype | None) -> None:
