@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from vpt_peft.attention import AttentionExtras, PromptedConfig, attach_intercept
 from vpt_peft.encoder import BlockSpec, submodule
 
 from .mixed import MixedBatch, additive
+from .modes import HOOKS_ARE_CHECKPOINTED
 from .plan import Role
 from .sequence import cut_tokens, insert_tokens, keep_initial_hidden_state, replace_tokens, widen_positions
 
@@ -120,11 +122,22 @@ class VPTLayer(nn.Module, PromptTunerLayer):
 
     def playing(self) -> Playing:
         """The active adapters that have a part in this block, with their roles."""
-        return [
-            (name, self.roles[name])
-            for name in self.active_names()
-            if name in self.roles and not self.roles[name].idle
-        ]
+        active = [(name, self.roles[name]) for name in self.active_names() if name in self.roles]
+        active = [(name, role) for name, role in active if not role.idle]
+        if self.store.reentrant:
+            # A re-entrant checkpoint sees gradients only through its inputs: prompts that flow in must be among them.
+            return [(name, self._as_input(role)) for name, role in active]
+        return active
+
+    def _as_input(self, role: Role) -> Role:
+        flows_in = role.source is None and role.mode in ("kv", "token")
+        lost = HOOKS_ARE_CHECKPOINTED and (flows_in or role.keeps_output)
+        if role.mode == "side" or lost or (flows_in and not self.spec.takes_tokens):
+            raise ValueError(
+                "prompts that flow from block to block lose their gradient under re-entrant gradient checkpointing "
+                "here; use gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        return replace(role, mode="token") if role.mode == "kv" and role.source is None else role
 
     def prompts_of(self, name: str, role: Role) -> torch.Tensor:
         """The prompts of one adapter as they come into this block, `(batch or 1, prompts, width)`."""

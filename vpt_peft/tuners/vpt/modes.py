@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 if TYPE_CHECKING:
     from .store import VPTPromptStore
+
+
+# Up to transformers 5.22 a block's hooks run inside its checkpoint, later outside of it.
+HOOKS_ARE_CHECKPOINTED = "__call__" in vars(GradientCheckpointingLayer)
 
 
 def is_checkpointing(encoder: nn.Module) -> bool:
@@ -18,14 +23,10 @@ def is_checkpointing(encoder: nn.Module) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in encoder.modules())
 
 
-def _checkpoint_functions(encoder: nn.Module) -> list:
+def is_reentrant(encoder: nn.Module) -> bool:
+    """Whether checkpointing is of the re-entrant kind, which records only what depends on an input with a gradient."""
     functions = (getattr(module, "_gradient_checkpointing_func", None) for module in encoder.modules())
-    return [function for function in functions if function is not None]
-
-
-def input_needs_grad(store: VPTPromptStore) -> bool:
-    """Whether checkpointing is of the re-entrant kind, which needs an input with a gradient to record anything."""
-    return any(getattr(f, "keywords", {}).get("use_reentrant", False) for f in _checkpoint_functions(store.encoder))
+    return any(getattr(function, "keywords", {}).get("use_reentrant", False) for function in functions)
 
 
 def freeze_modes(store: VPTPromptStore) -> None:

@@ -15,7 +15,7 @@ from vpt_peft.encoder import EncoderSpec, submodule
 from . import pixels
 from .config import VPTConfig
 from .layer import PromptTunerLayer, VPTLayer
-from .modes import freeze_modes, input_needs_grad, is_checkpointing
+from .modes import freeze_modes, is_checkpointing, is_reentrant
 from .plan import make_roles, prompted_blocks
 from .pooling import attach_pooling
 from .prompts import ElementwiseGate, Prompt, ScalarGate, Temperature
@@ -50,7 +50,7 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
             self.add_module(name, nn.ModuleDict())
         self.configs: dict[str, VPTConfig] = {}
         self.final: dict[str, torch.Tensor] = {}
-        self.checkpointing = False
+        self.checkpointing = self.reentrant = False
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
@@ -249,6 +249,7 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
         active = [name for name in self.active_names() if name in self.configs]
         grad = torch.is_grad_enabled() and self.training
         self.checkpointing = grad and is_checkpointing(self.encoder)
+        self.reentrant = self.checkpointing and is_reentrant(self.encoder)
         if self.final:
             self.final.clear()
         if any(self.configs[name].base_in_eval for name in active):
@@ -257,7 +258,7 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
             for temperature in (self.part(name, "temperatures") or nn.ModuleDict()).values() if grad else ():
                 temperature.clamp_stored()  # type: ignore[operator]
         changed = pixels.enter_image(self, active, args, kwargs)
-        if self.checkpointing and active and input_needs_grad(self):
+        if self.reentrant and active:
             changed = pixels.require_input_grad(*(changed or (args, kwargs)))
         return changed
 
