@@ -83,6 +83,13 @@ class VPTModel(BaseTuner):
             self._found = spec
         if peft_config.modules_to_save is None:
             peft_config.modules_to_save = find_task_head(self.model, spec) or None
+        paths = [path for path, _ in self.model.named_modules()]
+        for wanted in peft_config.modules_to_save or []:
+            if not any(path == wanted or path.endswith(f".{wanted}") for path in paths):
+                raise ValueError(
+                    f"modules_to_save={peft_config.modules_to_save!r}: the model has no module {wanted!r}; its head is "
+                    f"{find_task_head(self.model, spec)}."
+                )
         return peft_config
 
     def _path_of(self, encoder: nn.Module) -> str:

@@ -80,6 +80,12 @@ def pool_after(norm: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tens
     return output if names else None
 
 
+def detach_pooling(store: VPTPromptStore) -> None:
+    """Forget the store on the final norm."""
+    if store.spec.final_norm is not None:
+        submodule(store.encoder, store.spec.final_norm).__dict__.pop("_prompt_store", None)
+
+
 def attach_pooling(store: VPTPromptStore) -> list:
     """Register the hooks on the final norm, if there is one; returns their handles."""
     if store.spec.final_norm is None:

@@ -17,7 +17,7 @@ from .config import VPTConfig
 from .layer import PromptTunerLayer, VPTLayer
 from .modes import freeze_modes, is_checkpointing, is_reentrant
 from .plan import make_roles, prompted_blocks
-from .pooling import attach_pooling
+from .pooling import attach_pooling, detach_pooling
 from .prompts import ElementwiseGate, Prompt, ScalarGate, Temperature
 
 
@@ -84,6 +84,7 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
             del layer.block.prompt_tuner
         del self.encoder.prompt_tuner
         pixels.detach_patch_embedding(self)
+        detach_pooling(self)
 
     def container(self, name: str, part: str) -> nn.ModuleDict:
         """The container that holds one part of an adapter, by its method."""
