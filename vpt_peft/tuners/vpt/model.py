@@ -80,7 +80,12 @@ class VPTModel(BaseTuner):
             if peft_config.self_check:
                 spec = check_key_values(submodule(self.model, spec.path), spec)
                 check_config(peft_config, spec)
-            self._found = spec
+            self._found, path = spec, spec.path
+        roles = make_roles(peft_config, spec)
+        warm = (index for index, role in enumerate(roles) if role.temperature)
+        # The blocks that have a part in the adapter; the first stands for prompts that are pixels.
+        chosen = sorted({*prompted_blocks(peft_config, spec), *warm}) or [0]
+        self._targets = {".".join(filter(None, (path, spec.blocks[index].path))) for index in chosen}
         if peft_config.modules_to_save is None:
             peft_config.modules_to_save = find_task_head(self.model, spec) or None
         paths = [path for path, _ in self.model.named_modules()]
@@ -95,21 +100,8 @@ class VPTModel(BaseTuner):
     def _path_of(self, encoder: nn.Module) -> str:
         return next(path for path, module in self.model.named_modules() if module is encoder)
 
-    def _targets(self, config: VPTConfig) -> list[str]:
-        """Paths of the blocks that have a part in the adapter, the first for prompts that are pixels."""
-        store = find_store(self.model)
-        if store is not None:
-            spec, path = store.spec, self._path_of(store.encoder)
-        else:
-            spec, path = self._found, self._found.path
-        roles = make_roles(config, spec)
-        chosen = sorted(
-            {*prompted_blocks(config, spec), *(i for i, role in enumerate(roles) if role.temperature)}
-        ) or [0]
-        return [f"{path}.{spec.blocks[index].path}" if path else spec.blocks[index].path for index in chosen]
-
     def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
-        return key in self._targets(peft_config)
+        return key in self._targets
 
     def inject_adapter(
         self,
