@@ -76,6 +76,15 @@ def _compare(encoder: nn.Module, spec: EncoderSpec, index: int) -> str:
     return "" if difference < tolerance else f"{DIFFERENCE} {difference:.1e}"
 
 
+def _give_values(store: VPTPromptStore, name: str) -> None:
+    """Draw the probe's prompts where the caller makes all parameters on the meta device."""
+    for prompt in store.part(name, "prompts").values():
+        if prompt.weight.is_meta:
+            device, dtype = store.device_and_dtype()
+            # Not by setattr, which is what the caller has redirected.
+            prompt._parameters["weight"] = nn.Parameter(torch.randn(prompt.weight.shape, dtype=dtype, device=device))
+
+
 def _run(
     store: VPTPromptStore, block: nn.Module, mode: Any, index: int, arguments: tuple[tuple, dict[str, Any]]
 ) -> torch.Tensor:
@@ -83,6 +92,7 @@ def _run(
     with in_eval(store.encoder), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         store.update_layer(mode, config)
+        _give_values(store, mode)
         for layer in (store, *store.layers):
             layer.set_adapter([mode])
         output = first_tensor(block(*arguments[0], **arguments[1]))

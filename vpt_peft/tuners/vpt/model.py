@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -86,22 +87,46 @@ class VPTModel(BaseTuner):
         # The blocks that have a part in the adapter; the first stands for prompts that are pixels.
         chosen = sorted({*prompted_blocks(peft_config, spec), *warm}) or [0]
         self._targets = {".".join(filter(None, (path, spec.blocks[index].path))) for index in chosen}
-        if peft_config.modules_to_save is None:
-            peft_config.modules_to_save = find_task_head(self.model, spec) or None
-        paths = [path for path, _ in self.model.named_modules()]
-        for wanted in peft_config.modules_to_save or []:
-            if not any(path == wanted or path.endswith(f".{wanted}") for path in paths):
-                raise ValueError(
-                    f"modules_to_save={peft_config.modules_to_save!r}: the model has no module {wanted!r}; its head is "
-                    f"{find_task_head(self.model, spec)}."
-                )
+        peft_config.modules_to_save = self._modules_to_save(peft_config, find_task_head(self.model, spec))
         return peft_config
+
+    def _modules_to_save(self, config: VPTConfig, head: list[str]) -> list[str]:
+        """The head where none is named; names a bare backbone lacks are left out, misspelt ones refused."""
+        if config.modules_to_save is None:
+            return head
+        paths = [path for path, _ in self.model.named_modules()]
+        lacking = [n for n in config.modules_to_save if not any(p == n or p.endswith(f".{n}") for p in paths)]
+        if lacking and head:
+            raise ValueError(
+                f"modules_to_save={config.modules_to_save!r}: the model has no module {', '.join(lacking)}; its head is "
+                f"{head}."
+            )
+        if lacking:
+            warnings.warn(f"modules_to_save: this backbone has no {', '.join(lacking)}; left out.", stacklevel=2)
+        return [name for name in config.modules_to_save if name not in lacking]
 
     def _path_of(self, encoder: nn.Module) -> str:
         return next(path for path, module in self.model.named_modules() if module is encoder)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
         return key in self._targets
+
+    def _check_name(self, adapter_name: str) -> None:
+        """Refuse names that are part of a module's path: PEFT tells adapters apart by parts of paths.
+
+        Raises:
+            ValueError: The name is one of the model's own, a block index, or one of the containers.
+        """
+        reserved = {"prompt_tuner", *VPTPromptStore.adapter_layer_names}
+        for path, _ in self.model.named_modules():
+            if f"prompt_tuner.{self.prefix}" not in path and "modules_to_save" not in path:
+                reserved.update(path.split("."))
+        if adapter_name in reserved or adapter_name.isdigit():
+            self.peft_config.pop(adapter_name, None)
+            raise ValueError(
+                f"adapter_name={adapter_name!r} is also the name of a module in this model, and PEFT would take the one "
+                "for the other; choose another name."
+            )
 
     def inject_adapter(
         self,
@@ -116,12 +141,16 @@ class VPTModel(BaseTuner):
 
         An adapter that is refused leaves the model and its list of adapters as they were.
         """
+        self._check_name(adapter_name)
         # A copy, since what is found in this model (its head) must not go into the next one with the caller's config.
         self.peft_config[adapter_name] = copy(self.peft_config[adapter_name])
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
         except Exception:
             self.peft_config.pop(adapter_name, None)
+            if not hasattr(model, "peft_config") and getattr(model, "_hf_peft_config_loaded", False):
+                # transformers' add_adapter sets this before it injects, and would fail at the next try.
+                model._hf_peft_config_loaded = False  # type: ignore[assignment]
             raise
 
     def _create_and_replace(
@@ -264,9 +293,49 @@ class VPTModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Put the adapter's name back and the path of this model's encoder for the one the file was saved under."""
-        path = next(name for name, module in model.named_modules() if isinstance(module, VPTPromptStore))
-        remapped = {}
+        path, store = next((n, module) for n, module in model.named_modules() if isinstance(module, VPTPromptStore))
+        remapped, found = {}, {}
         for key, value in state_dict.items():
             match = re.match(rf"^(?:.*\.)?prompt_tuner\.({cls.prefix}[a-z_]+)\.(.+)$", key)
-            remapped[f"{path}.{match[1]}.{adapter_name}.{match[2]}" if match else key] = value
-        return remapped
+            if match:
+                found[f"{match[1]}.{adapter_name}.{match[2]}"] = value
+            else:
+                remapped[key] = value
+        try:
+            check_fit(store, adapter_name, found)
+        except ValueError:
+            _take_out(model, adapter_name)
+            raise
+        return remapped | {f"{path}.{key}": value for key, value in found.items()}
+
+
+def check_fit(store: VPTPromptStore, adapter_name: str, found: dict[str, torch.Tensor]) -> None:
+    """Compare an adapter file's tensors with what the adapter has in this encoder.
+
+    Raises:
+        ValueError: Some are missing, left over or of another shape; all are listed.
+    """
+    wanted = {key: tuple(value.shape) for key, value in store.named_parameters() if f".{adapter_name}." in key}
+    wrong = [f"{key} is missing" for key in wanted if key not in found]
+    wrong += [f"{key} has no place" for key in found if key not in wanted]
+    wrong += [
+        f"{key} has shape {tuple(value.shape)}, expected {wanted[key]}"
+        for key, value in found.items()
+        if key in wanted and tuple(value.shape) != wanted[key]
+    ]
+    if wrong:
+        raise ValueError(
+            f"the adapter file does not fit adapter {adapter_name!r} on this encoder of {len(store.spec.blocks)} blocks of "
+            f"width {store.spec.blocks[0].width}: {'; '.join(wrong)}. Load it onto the backbone it was trained on, with "
+            "the configuration it was saved with (num_virtual_tokens, layers_to_transform, gate, ...)."
+        )
+
+
+def _take_out(model: Any, adapter_name: str) -> None:
+    """Remove an adapter whose values could not be loaded, and everything attached for it."""
+    if not hasattr(model, "base_model") or not isinstance(model.base_model, BaseTuner):
+        return
+    if list(model.peft_config) == [adapter_name]:
+        model.base_model.unload()
+    else:
+        model.delete_adapter(adapter_name)

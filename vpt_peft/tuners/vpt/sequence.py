@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from vpt_peft.attention.extras import insert_columns
+
 
 try:
     from transformers.utils.output_capturing import _active_collector
@@ -30,14 +32,6 @@ def replace_tokens(output: Any, hidden: torch.Tensor) -> Any:
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
-def _widen(table: torch.Tensor, dim: int, position: int, count: int, value: float) -> torch.Tensor:
-    shape = list(table.shape)
-    shape[dim] = count
-    neutral = torch.full(shape, value, dtype=table.dtype, device=table.device)
-    before, after = table.split([position, table.shape[dim] - position], dim=dim)
-    return torch.cat([before, neutral, after], dim=dim)
-
-
 def widen_positions(arguments: Any, tokens: int, position: int, count: int) -> Any:
     """Give rotary tables among a block's arguments a neutral entry (no rotation) for each prompt.
 
@@ -53,10 +47,12 @@ def _widen_table(value: Any, tokens: int, position: int, count: int) -> Any:
     is_pair = isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(p, torch.Tensor) for p in value)
     if is_pair and all(part.dim() >= 2 and part.shape[-2] == tokens for part in value):
         cosine, sine = value
-        return type(value)((_widen(cosine, -2, position, count, 1.0), _widen(sine, -2, position, count, 0.0)))
+        return type(value)(
+            (insert_columns(cosine, -2, position, count, 1.0), insert_columns(sine, -2, position, count, 0.0))
+        )
     if isinstance(value, torch.Tensor) and value.is_complex():
         dim = next((d for d, size in enumerate(value.shape) if size == tokens), None)
-        return value if dim is None else _widen(value, dim, position, count, 1.0)
+        return value if dim is None else insert_columns(value, dim, position, count, 1.0)
     return value
 
 

@@ -181,11 +181,12 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
                 yield parameter
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        target, dtype = self.device_and_dtype()
+        # Loaded values keep their dtype: through that of a half-precision encoder they would lose digits.
+        target, _ = self.device_and_dtype()
         for container in self.adapter_layer_names:
             entries = getattr(self, container)
             if adapter_name in entries and not any(p.is_meta for p in entries[adapter_name].parameters()):
-                entries[adapter_name].to(device or target, dtype=dtype)
+                entries[adapter_name].to(device or target)
 
     def prompts(self, name: str, key: str | None, rows: int) -> torch.Tensor:
         """Prompts of one adapter, projected and with dropout drawn per image: `(1, prompts, width)`, or `(rows, ...)`."""
