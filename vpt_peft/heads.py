@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from .encoder import EncoderSpec
 
 
-def find_task_head(model: nn.Module, spec: EncoderSpec) -> list[str]:
+def find_task_head(model: nn.Module, encoder_path: str, spec: EncoderSpec) -> list[str]:
     """Dotted paths of the modules that make up the task head, empty for a bare backbone.
 
     A head is what has parameters beside the path from a model "for" a task down to its encoder. Models that hold a
     language model beside the encoder have no head: all their parts are pre-trained.
+
+    Args:
+        model: The model, or a PEFT model around it.
+        encoder_path: Dotted path of the encoder in it.
+        spec: The encoder.
     """
+    while isinstance(model, PeftModel):
+        model, encoder_path = model.get_base_model(), encoder_path.removeprefix("base_model.model").lstrip(".")
     if "For" not in type(model).__name__:
         return []
     found: list[str] = []
     path, module = "", model
-    for name in spec.path.split(".") if spec.path else ():
+    for name in encoder_path.split(".") if encoder_path else ():
         siblings = [(f"{path}{other}", child) for other, child in module.named_children() if other != name]
         if any(_has_language_model(child) for _, child in siblings):
             return []
         found += [sibling for sibling, child in siblings if _has_parameters(child)]
         path, module = f"{path}{name}.", getattr(module, name)
-    if spec.path == "":
+    if encoder_path == "":
         found = [
             name for name, child in model.named_children() if _has_parameters(child) and _outside(name, child, spec)
         ]

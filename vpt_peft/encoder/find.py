@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from .inputs import IMAGE_INPUTS, sample_inputs
 from .maps import match_map
 from .spec import AttentionSpec, BlockSpec, EncoderError, EncoderSpec
-from .trace import AttentionCall, Call, Trace, block_arguments, first_tensor, trace_encoder
+from .trace import AttentionCall, Call, Trace, block_arguments, first_tensor, in_eval, trace_encoder
 
 
 def find_encoder(model: nn.Module, backbone: str | None = None) -> EncoderSpec:
@@ -275,7 +275,8 @@ def _tail(below: list[Call], block: Call, attention: Call) -> tuple[str, ...]:
     result = tokens
     with torch.no_grad():
         for child in after[start:]:
-            result = child.module(result)
+            with in_eval(child.module):
+                result = child.module(result)
     if not torch.allclose(tokens + result, block.output.reshape_as(tokens), rtol=1e-3, atol=1e-4):
         return ()
     return tuple(child.path[len(block.path) + 1 :] for child in after[start:])
@@ -326,7 +327,7 @@ def _special_positions(encoder: nn.Module, first: Call, inputs: dict[str, Any]) 
         base = block_input() if base is None else base
         kept = parameter.detach().clone()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 parameter.add_(torch.randn_like(parameter))
             moved = (block_input() - base).abs().amax(dim=(0, 2)) > 1e-6
         finally:

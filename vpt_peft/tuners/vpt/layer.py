@@ -43,6 +43,12 @@ class PromptTunerLayer(BaseTunerLayer):
 
     mixed: MixedBatch | None = None
 
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Nothing: called where adapters of other methods on the same model are merged into weights."""
+
+    def unmerge(self) -> None:
+        """Nothing, see `merge`."""
+
     def active_names(self) -> list[str]:
         """Active adapters, in a mixed batch those of its images; none while adapters are disabled."""
         if self.disable_adapters:
@@ -287,9 +293,9 @@ class VPTLayer(nn.Module, PromptTunerLayer):
         extras.values, _ = _spread_heads(mixed, {name: pair[1] for name, pair in made.items()})
         extras.mask = None if hidden is None else additive(hidden, mask_dtype)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def merge_prompts(self, names: list[str]) -> None:
         """Turn this block's own prompts into constant keys and values, so that inference needs no norm or maps."""
-        for name in adapter_names or self.active_adapters:
+        for name in names:
             role = self.roles.get(name)
             if role is None or role.mode != "kv" or role.source is None or name in self.merged_adapters:
                 continue
@@ -299,7 +305,7 @@ class VPTLayer(nn.Module, PromptTunerLayer):
             self.merged_keys[name], self.merged_values[name] = keys.contiguous(), values.contiguous()
             self.merged_adapters.append(name)
 
-    def unmerge(self) -> None:
+    def unmerge_prompts(self) -> None:
         """Go back from constants to prompts."""
         for name in self.merged_adapters:
             if name in self.merged_keys:

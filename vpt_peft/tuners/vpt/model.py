@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -87,7 +87,7 @@ class VPTModel(BaseTuner):
         # The blocks that have a part in the adapter; the first stands for prompts that are pixels.
         chosen = sorted({*prompted_blocks(peft_config, spec), *warm}) or [0]
         self._targets = {".".join(filter(None, (path, spec.blocks[index].path))) for index in chosen}
-        peft_config.modules_to_save = self._modules_to_save(peft_config, find_task_head(self.model, spec))
+        peft_config.modules_to_save = self._modules_to_save(peft_config, find_task_head(self.model, path, spec))
         return peft_config
 
     def _modules_to_save(self, config: VPTConfig, head: list[str]) -> list[str]:
@@ -118,9 +118,12 @@ class VPTModel(BaseTuner):
             ValueError: The name is one of the model's own, a block index, or one of the containers.
         """
         reserved = {"prompt_tuner", *VPTPromptStore.adapter_layer_names}
-        for path, _ in self.model.named_modules():
-            if f"prompt_tuner.{self.prefix}" not in path and "modules_to_save" not in path:
+        adapters: list[str] = []
+        for path, module in self.model.named_modules():
+            if not path.startswith(tuple(adapters)):
                 reserved.update(path.split("."))
+            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                adapters.append(f"{path}.")
         if adapter_name in reserved or adapter_name.isdigit():
             self.peft_config.pop(adapter_name, None)
             raise ValueError(
@@ -233,13 +236,13 @@ class VPTModel(BaseTuner):
             if safe_merge and not all(p.isfinite().all() for n, p in store.named_parameters() if f".{name}." in n):
                 raise ValueError(f"adapter {name!r} holds values that are not finite.")
         for layer in store.layers if store is not None else ():
-            layer.merge(adapter_names=list(names))
+            layer.merge_prompts(list(names))
 
     def unmerge_adapter(self) -> None:
         """Go back from constant keys and values to prompts."""
         store = find_store(self.model)
         for layer in store.layers if store is not None else ():
-            layer.unmerge()
+            layer.unmerge_prompts()
 
     def train(self, mode: bool = True) -> VPTModel:
         """Training mode for the adapters and the head; frozen parts stay in eval mode (`base_in_eval`)."""
