@@ -149,10 +149,10 @@ def test_merge_errors_leave_the_state():
 
 def test_safe_merge_refuses_broken_prompts():
     model = several_tasks({"long": KINDS["long"]})
-    model.base_model.model.vit.prompt_tuner.part("long", "prompts", "1").weight.data[0, 0] = float("nan")
+    model.base_model.model.prompt_tuner.part("long", "prompts", "1").weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
         model.merge_adapter(safe_merge=True)
-    assert not model.base_model.model.vit.prompt_tuner.layers[0].merged_adapters
+    assert not model.base_model.model.prompt_tuner.layers[0].merged_adapters
 
 
 def test_merged_prompts_are_not_in_the_state_dict_and_are_deleted_with_their_adapter():
@@ -162,4 +162,4 @@ def test_merged_prompts_are_not_in_the_state_dict_and_are_deleted_with_their_ada
     assert set(model.state_dict()) == keys
     model.unmerge_adapter()
     model.delete_adapter("short")
-    assert all("short" not in layer.merged_keys for layer in model.base_model.model.vit.prompt_tuner.layers)
+    assert all("short" not in layer.merged_keys for layer in model.base_model.model.prompt_tuner.layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -40,7 +41,7 @@ def find_task_head(model: nn.Module, encoder_path: str, spec: EncoderSpec) -> li
 
 
 def _has_parameters(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters())
+    return not isinstance(module, BaseTunerLayer) and any(True for _ in module.parameters())
 
 
 def _has_language_model(module: nn.Module) -> bool:

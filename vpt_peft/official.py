@@ -93,7 +93,8 @@ def config_from_official(prompt_fields: Mapping[str, Any], family: str = "vit") 
         "prompt_location": _choice("LOCATION", fields["LOCATION"], LOCATIONS),
         "pooling": pooling,
         "pool_before_norm": pooling is not None and family in ("moco", "mae"),
-        "prompt_dropout": float(fields["DROPOUT"]),
+        # Prompts that are pixels have no dropout in the official code, whatever the field says.
+        "prompt_dropout": 0.0 if fields["LOCATION"] in ("pad", "below") else float(fields["DROPOUT"]),
         "projection_dim": None if fields["PROJECT"] in (-1, None) else fields["PROJECT"],
     }
     if fields["GATE_PRIOR"] or fields["TEMP_LEARN"]:

@@ -63,7 +63,7 @@ def _compare(encoder: nn.Module, spec: EncoderSpec, index: int) -> str:
             continue
     if arguments is None:
         return ""
-    store = VPTPromptStore(spec, encoder)
+    store = VPTPromptStore(spec, encoder, encoder)
     store.attach()
     try:
         outputs = [_run(store, block, mode, index, arguments) for mode in ("kv", "token")]
@@ -72,7 +72,8 @@ def _compare(encoder: nn.Module, spec: EncoderSpec, index: int) -> str:
     finally:
         store.detach()
     difference = float((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max().clamp_min(1e-6))
-    tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(outputs[0].dtype, 1e-1)
+    # Eager attention takes its softmax in float32, whatever the model's dtype.
+    tolerance = {torch.float64: 1e-5, torch.float32: 1e-3}.get(outputs[0].dtype, 1e-1)
     return "" if difference < tolerance else f"{DIFFERENCE} {difference:.1e}"
 
 

@@ -207,6 +207,8 @@ class VPTConfig(PeftConfig):
                     f"{name} has no effect: blocks are found in the model, choose them by layers_to_transform.",
                     stacklevel=4,
                 )
+        if where in ("pad", "channel") and self.prompt_dropout > 0.0:
+            raise ValueError(f"prompt_dropout={self.prompt_dropout} is for prompt tokens, not for {where!r}; drop it.")
         if where not in ("prepend", "prepend_pixel"):
             if not self.propagate:
                 raise ValueError(

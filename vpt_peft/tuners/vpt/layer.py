@@ -130,20 +130,21 @@ class VPTLayer(nn.Module, PromptTunerLayer):
         """The active adapters that have a part in this block, with their roles."""
         active = [(name, self.roles[name]) for name in self.active_names() if name in self.roles]
         active = [(name, role) for name, role in active if not role.idle]
-        if self.store.reentrant:
-            # A re-entrant checkpoint sees gradients only through its inputs: prompts that flow in must be among them.
+        if self.store.checkpointing:
+            # Prompts that flow in are inputs of the checkpoint then: it runs them again as they were, and a re-entrant
+            # one sees gradients only through its inputs.
             return [(name, self._as_input(role)) for name, role in active]
         return active
 
     def _as_input(self, role: Role) -> Role:
         flows_in = role.source is None and role.mode in ("kv", "token")
         lost = HOOKS_ARE_CHECKPOINTED and (flows_in or role.keeps_output)
-        if role.mode == "side" or lost or (flows_in and not self.spec.takes_tokens):
+        if self.store.reentrant and (role.mode == "side" or lost or (flows_in and not self.spec.takes_tokens)):
             raise ValueError(
                 "prompts that flow from block to block lose their gradient under re-entrant gradient checkpointing "
                 "here; use gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
-        return replace(role, mode="token") if role.mode == "kv" and role.source is None else role
+        return replace(role, mode="token") if flows_in and self.spec.takes_tokens else role
 
     def prompts_of(self, name: str, role: Role) -> torch.Tensor:
         """The prompts of one adapter as they come into this block, `(batch or 1, prompts, width)`."""
@@ -165,7 +166,7 @@ class VPTLayer(nn.Module, PromptTunerLayer):
         for name, role in playing:
             rows = None if self.mixed is None else self.mixed.rows(name, hidden.device)
             if role.mode == "add":
-                prompts = self.store.prompts(name, role.source, 1).to(hidden.dtype)
+                prompts = self.store.prompts(name, role.source, self.rows).to(hidden.dtype)
                 hidden = (
                     hidden + prompts
                     if rows is None

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -23,7 +24,7 @@ from .check import check_key_values
 from .config import VPTConfig
 from .layer import PromptTunerLayer
 from .mixed import MixedBatch, check_names
-from .modes import set_frozen_eval
+from .modes import set_frozen_eval, set_frozen_eval_outside
 from .plan import check_config, make_roles, prompted_blocks
 from .store import VPTPromptStore, find_store
 
@@ -168,7 +169,10 @@ class VPTModel(BaseTuner):
     ) -> None:
         store = find_store(self.model)
         if store is None:
-            store = VPTPromptStore(self._found, submodule(self.model, self._found.path))
+            root: Any = self.model
+            while isinstance(root, PeftModel):
+                root = root.get_base_model()
+            store = VPTPromptStore(self._found, submodule(self.model, self._found.path), root)
             store.attach()
         if adapter_name in store.configs:
             return
@@ -250,6 +254,7 @@ class VPTModel(BaseTuner):
         store = find_store(self.model)
         if mode and store is not None and any(config.base_in_eval for config in store.configs.values()):
             set_frozen_eval(store.encoder)
+            set_frozen_eval_outside(store.root, store.encoder)
         return self
 
     def _unload_and_optionally_merge(

@@ -29,14 +29,14 @@ def is_reentrant(encoder: nn.Module) -> bool:
     return any(getattr(function, "keywords", {}).get("use_reentrant", False) for function in functions)
 
 
-def freeze_modes(store: VPTPromptStore) -> None:
+def freeze_modes(store: VPTPromptStore, checkpointing: bool) -> None:
     """Put the encoder's frozen modules in eval mode.
 
     Blocks that checkpoint keep their own flag in training mode, because transformers checkpoints only then; nothing
     but that decision depends on the flag. Trainable wrappers and the layers of other adapters keep their modes.
     """
     encoder = store.encoder
-    if encoder.training and store.training:
+    if store.training and (encoder.training or checkpointing):
         set_frozen_eval(encoder)
 
 
@@ -52,3 +52,14 @@ def set_frozen_eval(root: nn.Module) -> None:
     root.training = bool(getattr(root, "gradient_checkpointing", False))
     for child in root.children():
         set_frozen_eval(child)
+
+
+def set_frozen_eval_outside(root: nn.Module, encoder: nn.Module) -> None:
+    """Eval mode for what stands beside the path from `root` to `encoder` and has nothing that trains."""
+    for child in root.children():
+        if child is encoder or isinstance(child, (AuxiliaryTrainingWrapper, BaseTunerLayer)):
+            continue
+        if any(module is encoder for module in child.modules()):
+            set_frozen_eval_outside(child, encoder)
+        elif not any(parameter.requires_grad for parameter in child.parameters()):
+            child.eval()

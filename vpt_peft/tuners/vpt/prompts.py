@@ -64,6 +64,7 @@ class ElementwiseGate(nn.Linear):
 
     def forward(self, entered: torch.Tensor, left: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Mix `entered` and `left`, both `(batch, prompts, width)`."""
+        left = left.contiguous()
         return entered + torch.sigmoid(super().forward(left.to(self.weight.dtype))).to(left.dtype) * left
 
 
@@ -79,8 +80,8 @@ class Temperature(nn.Module):
 
     def clamp_stored(self) -> None:
         """Clamp the stored value in place, as the official code does before each forward pass."""
-        with torch.no_grad():
-            self.weight.clamp_(self.least, self.most)
+        # Through `data`, so that a forward pass that has not been backpropagated yet stays valid.
+        self.weight.data.clamp_(self.least, self.most)
 
     def forward(self) -> torch.Tensor:
         return self.weight.clamp(self.least, self.most)

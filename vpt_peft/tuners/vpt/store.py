@@ -33,17 +33,18 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
 
     Args:
         spec: The encoder.
-        encoder: The encoder module, of which this is a child.
+        encoder: The encoder module.
+        root: The model it stands in, of which this is a child, so that an adapter file holds no path to the encoder.
     """
 
     adapter_layer_names = tuple(prefix + part for prefix in PREFIXES for part in PARTS)
     other_param_names = ("configs",)
 
-    def __init__(self, spec: EncoderSpec, encoder: nn.Module) -> None:
+    def __init__(self, spec: EncoderSpec, encoder: nn.Module, root: nn.Module) -> None:
         super().__init__()
         self.spec = spec
-        # In tuples, so that they are not registered as submodules.
-        self._encoder = (encoder,)
+        # In a tuple, so that they are not registered as submodules.
+        self._modules_around = (encoder, root)
         self.interpolates = "interpolate_pos_encoding" in signature(encoder.forward).parameters
         self.layers: tuple[VPTLayer, ...] = ()
         for name in self.adapter_layer_names:
@@ -58,7 +59,11 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
 
     @property
     def encoder(self) -> nn.Module:
-        return self._encoder[0]
+        return self._modules_around[0]
+
+    @property
+    def root(self) -> nn.Module:
+        return self._modules_around[1]
 
     def attach(self) -> None:
         """Put a tuner layer into each block and register all hooks."""
@@ -70,7 +75,8 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
             layer.attach()
             layers.append(layer)
         self.layers = tuple(layers)
-        self.encoder.prompt_tuner = self
+        self.root.prompt_tuner = self
+        self.encoder.__dict__["_prompt_store"] = self
         self._handles = [self.encoder.register_forward_pre_hook(enter_encoder, with_kwargs=True)]
         self._handles += pixels.attach_patch_embedding(self)
         self._handles += attach_pooling(self)
@@ -82,7 +88,7 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
         for layer in self.layers:
             layer.detach()
             del layer.block.prompt_tuner
-        del self.encoder.prompt_tuner
+        del self.root.prompt_tuner, self.encoder.__dict__["_prompt_store"]
         pixels.detach_patch_embedding(self)
         detach_pooling(self)
 
@@ -250,12 +256,13 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
         """Before the encoder runs: modes, clamps, and prompts that are pixels."""
         active = [name for name in self.active_names() if name in self.configs]
         grad = torch.is_grad_enabled() and self.training
-        self.checkpointing = grad and is_checkpointing(self.encoder)
-        self.reentrant = self.checkpointing and is_reentrant(self.encoder)
+        # Also without gradients: a pass between forward and backward must not change what is run again.
+        self.checkpointing = is_checkpointing(self.encoder)
+        self.reentrant = grad and self.checkpointing and is_reentrant(self.encoder)
         if self.final:
             self.final.clear()
         if any(self.configs[name].base_in_eval for name in active):
-            freeze_modes(self)
+            freeze_modes(self, grad and self.checkpointing)
         for name in active:
             for temperature in (self.part(name, "temperatures") or nn.ModuleDict()).values() if grad else ():
                 temperature.clamp_stored()  # type: ignore[operator]
@@ -270,7 +277,7 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
 
 def enter_encoder(encoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Forward pre-hook of the encoder."""
-    return encoder.prompt_tuner.enter(args, kwargs)  # type: ignore[union-attr, operator]
+    return encoder.__dict__["_prompt_store"].enter(args, kwargs)
 
 
 def find_store(model: nn.Module) -> VPTPromptStore | None:
