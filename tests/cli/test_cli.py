@@ -1,0 +1,129 @@
+"""The commands as a user types them: output, files, exit codes, and errors of one line."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vpt_peft.cli.main import COMMANDS, main
+
+
+pytest_plugins = ["training_fixtures"]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def flags(tiny_vit, tmp_path):
+    return [
+        *("--model_name_or_path", tiny_vit, "--dataset_name", "digits", "--output_dir", str(tmp_path / "out")),
+        *("--max_train_samples", "64", "--max_eval_samples", "30", "--max_predict_samples", "30"),
+        *("--num_train_epochs", "1", "--disable_tqdm", "true"),
+    ]
+
+
+@pytest.mark.parametrize("method", ["vpt", "mlp"])
+def test_train_evaluate_predict(flags, tmp_path, capsys, method):
+    out = str(tmp_path / "out")
+    assert main(["train", *flags, "--method", method]) == 0
+    shown = capsys.readouterr().out
+    metrics = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert f"test accuracy {metrics['test_accuracy']:.4f}" in shown and f"saved in {out}" in shown
+
+    assert main(["evaluate", out, "--output_file", str(tmp_path / "metrics.json")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((tmp_path / "metrics.json").read_text())
+    assert found["accuracy"] == metrics["test_accuracy"] and found["samples"] == 30
+    assert main(["evaluate", "--max_predict_samples", "20", "--split", "validation", out]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == 30
+    assert main(["evaluate", "--max_predict_samples", "20", out]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == 20
+
+    Image.fromarray(np.zeros((20, 10), np.uint8)).save(tmp_path / "a.png")
+    assert main(["predict", out, str(tmp_path / "a.png"), "--top_k", "3"]) == 0
+    header, row = csv.reader(io.StringIO(capsys.readouterr().out))
+    assert header[:3] == ["image", "label_1", "probability_1"] and len(header) == 8
+    assert main(["predict", out, str(tmp_path), "--top_k", "0", "--output_file", str(tmp_path / "t.json")]) == 0
+    (table,) = json.loads((tmp_path / "t.json").read_text())
+    assert len(table["predictions"]) == 10 and table["predictions"][0]["label"] == row[1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train", "--metod", "vpt"], "--metod"),
+        (["train", "--method", "vpt", "--gate", "scalar"], "gate='scalar' has no effect"),
+        (["train", "--dataset_name", "no-such-folder/data"], "no-such-folder/data"),
+        (["train", "--num_virtual_tokens", "0"], "num_virtual_tokens=0"),
+        (["train", "missing.yaml"], "missing.yaml"),
+        (["train", "--layers_to_transform", "7"], "layers_to_transform"),
+        (
+            ["train", "--learning_rate", "1e30", "--method", "linear", "--num_train_epochs", "3"],
+            "Lower the learning rate",
+        ),
+        (["evaluate", "no/such-adapter"], "no/such-adapter"),
+        (["evaluate", "."], "adapter_config.json"),
+        (["predict", "no/such-adapter", "missing.png"], "missing.png"),
+        (["push", ".", "user/name"], "adapter_config.json"),
+        (["convert", "missing.pth", "folder"], "missing.pth"),
+        (["tarin"], "unknown command 'tarin'"),
+    ],
+    ids=" ".join,
+)
+def test_user_errors_are_one_line_and_exit_code_2(flags, tmp_path, monkeypatch, capsys, argv, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    command, *rest = argv
+    if command == "train" and rest != ["missing.yaml"]:
+        # Flags of the case come last and win
+        rest = [*flags, *rest]
+    assert main([command, *rest]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error and error.startswith("vpt-peft")
+    assert not list(tmp_path.glob("out/*.safetensors"))
+
+
+def test_defects_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr("vpt_peft.cli.train.run", lambda argv: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["train"])
+
+
+def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
+    def interrupt(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vpt_peft.cli.train.run", interrupt)
+    assert main(["train"]) == 130
+    assert "--resume_from_checkpoint last" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback_of_user_errors(monkeypatch):
+    monkeypatch.setenv("VPT_PEFT_DEBUG", "1")
+    with pytest.raises(ValueError, match="--metod"):
+        main(["train", "--metod", "vpt"])
+
+
+@pytest.mark.parametrize("argv", [["--help"], []])
+def test_usage_lists_the_commands(capsys, argv):
+    assert main(argv) == (0 if argv else 2)
+    captured = capsys.readouterr()
+    assert all(name in captured.out + captured.err for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_has_help(capsys, command):
+    with pytest.raises(SystemExit) as exit_info:
+        main([command, "--help"])
+    assert exit_info.value.code == 0
+    assert command in capsys.readouterr().out
+
+
+def test_module_runs():
+    done = subprocess.run([sys.executable, "-m", "vpt_peft", "tarin"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "unknown command" in done.stderr

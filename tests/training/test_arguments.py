@@ -1,0 +1,130 @@
+"""Flags, files and recipes to dataclasses, and what is refused."""
+
+import json
+
+import pytest
+
+from vpt_peft.training.arguments import METHODS, MethodArguments, VPTTrainingArguments, from_record, parse_args
+from vpt_peft.training.data import DataArguments
+
+
+@pytest.fixture
+def parse(tmp_path):
+    def do(*flags):
+        return parse_args([*flags, "--output_dir", str(tmp_path / "out")])
+
+    return do
+
+
+def test_defaults(parse):
+    model, data, method, training, _ = parse()
+    assert model.model_name_or_path == "embedded"
+    assert data.dataset_name == "digits"
+    assert (method.method, method.num_virtual_tokens, method.recipe) == ("vpt", 10, "default")
+    assert training.eval_strategy == training.save_strategy == "epoch"
+    assert training.load_best_model_at_end and training.metric_for_best_model == "accuracy"
+    assert training.greater_is_better is True
+    assert training.label_names == ["labels"] and training.report_to == [] and training.seed == 42
+    assert training.remove_unused_columns is False and training.logging_nan_inf_filter is False
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_a_default_recipe(parse, method):
+    _, _, parsed, training, _ = parse("--method", method)
+    assert parsed.method == method
+    assert training.optim == "adamw_torch"
+    assert 1e-5 <= training.learning_rate <= 5e-2
+    assert training.learning_rate != VPTTrainingArguments.learning_rate
+
+
+def test_flags_win_over_the_recipe(parse):
+    _, _, method, training, given = parse(
+        "--recipe", "vpt_paper", "--num_train_epochs", "3", "--prompt_dropout", "0.3"
+    )
+    assert training.num_train_epochs == 3
+    assert method.prompt_dropout == 0.3
+    assert given["optim"] == "sgd" and training.optim_args == "momentum=0.9"
+
+
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [("--learning_rate", (0.02, None, None)), ("--head_learning_rate", (5e-3, 5e-3, 0.02))],
+)
+def test_a_given_rate_is_for_all_groups_but_a_groups_own_is_for_it(parse, flag, expected):
+    _, _, method, training, _ = parse(flag, "0.02")
+    assert (training.learning_rate, method.prompt_learning_rate, method.head_learning_rate) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("suffix", ["json", "yaml", "yml"])
+def test_file_with_flags_on_top(tmp_path, suffix):
+    path = tmp_path / f"run.{suffix}"
+    values = {"method": "partial", "partial_blocks": 2, "learning_rate": "1e-3", "bf16": False, "seed": 7}
+    text = json.dumps(values) if suffix == "json" else "\n".join(f"{name}: {value}" for name, value in values.items())
+    path.write_text(
+        text + ("\n" if suffix == "json" else "\nlayers_to_transform: null\nlr_scheduler_kwargs: {a: 1}\n")
+    )
+    _, _, method, training, _ = parse_args([str(path), "--seed", "8", "--output_dir", str(tmp_path / "out")])
+    assert (method.method, method.partial_blocks) == ("partial", 2)
+    # YAML reads 1e-3 as a string
+    assert training.learning_rate == 1e-3
+    assert training.seed == 8
+    assert suffix == "json" or training.lr_scheduler_kwargs == {"a": 1}
+
+
+def test_lists_and_flags_of_one_word(parse):
+    _, _, method, training, _ = parse("--layers_to_transform", "1", "2", "--cache_features", "--bf16", "false")
+    assert method.layers_to_transform == [1, 2] and method.cache_features is True and training.bf16 is False
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--metod", "vpt"], "--metod"),
+        (["--method", "vtp"], "vtp"),
+        (["--num_virtual_tokens", "many"], "many"),
+        (["--num_virtual_tokens", "0"], "num_virtual_tokens=0 must be at least 1"),
+        (["--method", "vpt", "--gate", "scalar"], "gate='scalar' has no effect with method='vpt'"),
+        (["--method", "linear", "--prompt_dropout", "0.1"], "prompt_dropout=0.1 has no effect"),
+        (["--recipe", "papers"], "papers"),
+        (["--early_stopping_patience", "0"], "early_stopping_patience=0"),
+        (["--head_learning_rate", "-1"], "head_learning_rate=-1"),
+        (["--feature_cache_limit_gb", "0"], "feature_cache_limit_gb=0"),
+        (["--max_train_samples", "0"], "max_train_samples=0"),
+        (["--eval_strategy", "no"], "load_best_model_at_end"),
+        (["--report_to", "dvclive"], "report_to='dvclive' needs a package"),
+    ],
+)
+def test_refusals_name_field_and_value(parse, flags, message):
+    with pytest.raises(ValueError, match=message):
+        parse(*flags)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [("a.json", "{", "not valid json"), ("a.yaml", "- 1", "one mapping"), ("a.yaml", "methot: vpt", "--methot")],
+)
+def test_bad_files(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        parse_args([str(tmp_path / name)])
+    with pytest.raises(FileNotFoundError):
+        parse_args([str(tmp_path / "missing.json")])
+
+
+def test_help_lists_flags_of_all_dataclasses(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        parse_args(["--help"])
+    assert exit_info.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(flag in shown for flag in ("--model_name_or_path", "--dataset_name", "--method", "--learning_rate"))
+
+
+def test_record_repeats_the_run_without_secrets(parse, tmp_path):
+    arguments = parse("--method", "gated_vpt", "--token", "hf_secret", "--hub_token", "hf_secret", "--seed", "3")
+    record = arguments.record()
+    assert "hf_secret" not in json.dumps(record) and str(tmp_path) not in json.dumps(record)
+    again = parse_args({**json.loads(json.dumps(record)), "output_dir": str(tmp_path / "b")})
+    assert again.method == arguments.method and again.data == arguments.data
+    assert again.training.seed == 3 and again.training.learning_rate == arguments.training.learning_rate
+    assert from_record(DataArguments, record) == arguments.data
+    assert from_record(MethodArguments, record).method == "gated_vpt"

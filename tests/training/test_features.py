@@ -1,0 +1,188 @@
+"""Training from stored features of frozen blocks: the same result, and features that are never mixed up."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vpt_peft.training.data import load_image_dataset
+from vpt_peft.training.feature_cache import FeatureCache, collate_features
+from vpt_peft.training.features import FEATURES, FeatureFeed, find_cut
+from vpt_peft.training.methods import build_model, load_image_processor
+from vpt_peft.training.transforms import build_transform, collate_fn
+
+
+pytest_plugins = ["training_fixtures"]
+LATE = {"method": "vpt", "layers_to_transform": [1, 2]}
+
+
+@pytest.fixture
+def start(make_arguments):
+    """Model and cut of a method."""
+
+    def do(**given):
+        arguments = make_arguments(**given)
+        torch.manual_seed(0)
+        model = build_model(arguments.model, arguments.method, dict(enumerate("abcdefghij")))
+        return model, find_cut(model, arguments.method, arguments.data.augmentation)
+
+    return do
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"method": "linear"},
+        {"method": "mlp"},
+        {"method": "partial"},
+        {"method": "partial", "partial_blocks": 2, "augmentation": "resize"},
+        LATE,
+        {**LATE, "layers_to_transform": [2], "prompt_dropout": 0.1, "gradient_accumulation_steps": 2},
+        {**LATE, "pooling": "image_prompt"},
+        {"method": "vpt_shallow", "layers_to_transform": [2]},
+    ],
+    ids=str,
+)
+def test_result_is_the_same_as_without(run, tmp_path, given):
+    results = []
+    for flags in ({}, {"cache_features": True, "feature_cache_dir": str(tmp_path / "cache")}):
+        out = tmp_path / f"out{len(results)}"
+        metrics, _ = run(output_dir=str(out), num_train_epochs=2, **given, **flags)
+        (path,) = out.glob("*.safetensors")
+        results.append((load_file(path), metrics))
+    (plain, expected), (cached, found) = results
+    assert plain.keys() == cached.keys()
+    assert max((plain[name] - cached[name]).abs().max().item() for name in plain) <= 1e-6
+    for name in ("train_loss", "eval_loss", "test_loss", "eval_accuracy", "test_accuracy"):
+        assert found[name] == pytest.approx(expected[name], abs=1e-6)
+    # One entry per split, and nothing half-written
+    entries = list((tmp_path / "cache").iterdir())
+    assert len(entries) == 3 and all({p.name for p in e.iterdir()} == {"features.npy", "key.json"} for e in entries)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": "vpt"}, "trains from the first block on"),
+        ({"method": "gated_vpt"}, "trains from the first block on"),
+        ({"method": "partial", "partial_blocks": 3}, "trains from the first block on"),
+        ({"method": "lora"}, "trains in all blocks"),
+        ({"method": "full"}, "trains in all blocks"),
+        ({"method": "sidetune"}, "trains in all blocks"),
+        ({"method": "vpt_shallow", "prompt_location": "pad", "num_virtual_tokens": 2}, "prompt_location='pad'"),
+        ({"method": "linear", "augmentation": "resize_crop_flip"}, "augmentation"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_cached_is_refused_before_anything_is_written(run, tmp_path, given, message):
+    with pytest.raises(ValueError, match=message):
+        run(cache_features=True, feature_cache_dir=str(tmp_path / "cache"), **given)
+    assert not (tmp_path / "cache").exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("given", "shape"), [({"method": "linear"}, (32,)), (LATE, (17, 32))], ids=str)
+def test_features_are_the_inputs_of_the_cut(start, make_arguments, tmp_path, given, shape):
+    model, cut = start(**given)
+    arguments = make_arguments(**given)
+    split = load_image_dataset(arguments.data)["validation"]
+    rows = split.with_transform(build_transform(load_image_processor(arguments.model)))
+    stored = FeatureCache(model, cut, {}, tmp_path, 10**9).store(split, rows, collate_fn)
+    assert stored.features.shape == (50, *shape) and stored.features.dtype == np.float32
+    assert isinstance(stored.features, np.memmap)
+    images = collate_fn([rows[index] for index in range(50)])
+    with torch.no_grad():
+        hidden = model.eval()(pixel_values=images["pixel_values"], output_hidden_states=True).hidden_states
+    vit = (model.get_base_model() if "layers_to_transform" in given else model).vit
+    expected = vit.layernorm(hidden[-1])[:, 0] if given["method"] == "linear" else hidden[1]
+    assert torch.allclose(torch.from_numpy(np.array(stored.features)), expected, atol=1e-6)
+    batch = collate_features([stored[index] for index in range(50)])
+    assert torch.equal(batch["labels"], images["labels"])
+
+
+def test_feed_skips_the_blocks_and_leaves_the_model_as_it_was(start):
+    model, cut = start(**LATE)
+    base = model.get_base_model()
+    images = torch.randn(2, 3, 16, 16)
+    caught, runs = [], []
+    base.vit.layers[1].register_forward_pre_hook(lambda module, args: caught.append(args[0]), prepend=True)
+    base.vit.layers[0].mlp.register_forward_hook(lambda *_: runs.append(1))
+    with torch.no_grad():
+        expected = model.eval()(pixel_values=images).logits
+        with FeatureFeed(model, cut, (3, 16, 16)) as feed:
+            assert torch.equal(model(pixel_values=images).logits, expected)
+            feed.check(images, caught[0])
+            ran = len(runs)
+            assert torch.allclose(model(**{FEATURES: caught[0]}).logits, expected, atol=1e-6)
+            assert len(runs) == ran
+            assert torch.equal(model(pixel_values=images).logits, expected)
+            with pytest.raises(ValueError, match="logits from features differ"):
+                feed.check(images, torch.randn_like(caught[0]))
+        assert torch.equal(model(pixel_values=images).logits, expected)
+        with pytest.raises((TypeError, AttributeError)):
+            model(**{FEATURES: caught[0]})
+    assert "forward" not in vars(base.vit.layers[0])
+
+
+class Key:
+    """Names of the entries that settings lead to."""
+
+    def __init__(self, start, make_arguments, folder):
+        self.start, self.make_arguments, self.folder = start, make_arguments, folder
+
+    def __call__(self, change=None, preprocessing="p", autocast=None, **given):
+        model, cut = self.start(**{**LATE, **given})
+        if change is not None:
+            change(model)
+        arguments = self.make_arguments(**{**LATE, **given})
+        split = load_image_dataset(arguments.data)["validation"]
+        rows = split.with_transform(build_transform(load_image_processor(arguments.model)))
+        cache = FeatureCache(model, cut, {"x": preprocessing}, self.folder, 10**9, autocast)
+        before = set(self.folder.iterdir()) if self.folder.exists() else set()
+        cache.store(split, rows, collate_fn)
+        return len(set(self.folder.iterdir()) - before)
+
+
+def test_entries_are_told_apart_by_all_they_depend_on(start, make_arguments, tmp_path):
+    new_entries = Key(start, make_arguments, tmp_path / "cache")
+
+    def nudge(model):
+        model.get_base_model().vit.embeddings.cls_token.data[0, 0, 0] += 1e-3
+
+    def other_epsilon(model):
+        model.config.layer_norm_eps = 1e-5
+
+    assert new_entries() == 1
+    assert new_entries() == 0
+    # What lies above the cut does not matter
+    assert new_entries(num_virtual_tokens=3) == 0
+    assert new_entries(nudge) == 1
+    assert new_entries(other_epsilon) == 1
+    assert new_entries(preprocessing="q") == 1
+    assert new_entries(autocast=torch.bfloat16) == 1
+    assert new_entries(layers_to_transform=[2]) == 1
+    assert new_entries(max_eval_samples=40) == 1
+    assert new_entries(split_seed=3) == 1
+
+
+def test_a_collision_is_an_error(run, tmp_path):
+    given = {"method": "linear", "cache_features": True, "feature_cache_dir": str(tmp_path / "cache")}
+    run(**given)
+    for key in (tmp_path / "cache").glob("*/key.json"):
+        key.write_text(json.dumps({"model": "another"}))
+    with pytest.raises(OSError, match="belong to another run"):
+        run(overwrite_output_dir=True, **given)
+
+
+def test_limit_names_sizes_and_writes_nothing(run, tmp_path, monkeypatch):
+    given = {"cache_features": True, "feature_cache_dir": str(tmp_path / "cache"), **LATE}
+    # 96 images of 17 x 32 float32 values are 209 kB
+    with pytest.raises(OSError, match="need 0.000209 GB.*at most 0.0002 GB.*feature_cache_limit_gb"):
+        run(feature_cache_limit_gb=0.0002, **given)
+    assert list((tmp_path / "cache").iterdir()) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1000))
+    with pytest.raises(OSError, match="1e-06 GB free"):
+        run(**given)
+    assert list((tmp_path / "cache").iterdir()) == []

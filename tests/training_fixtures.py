@@ -1,0 +1,65 @@
+"""A tiny backbone and short runs on scikit-learn's digits, shared by the tests of training and command line."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import ViTConfig, ViTForImageClassification
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from vpt_peft.training.arguments import parse_args
+from vpt_peft.training.train import train
+
+
+@pytest.fixture(scope="session")
+def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a random ViT: 3 blocks of width 32, 16 px images, a head of 5 labels, dropout 0.1."""
+    folder = tmp_path_factory.mktemp("backbone") / "tiny-vit"
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=64,
+        image_size=16,
+        patch_size=4,
+        num_labels=5,
+        hidden_dropout_prob=0.1,
+    )
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def make_arguments(tiny_vit: str, tmp_path: Path):
+    """Arguments of a short run on digits into `tmp_path / "out"`; keywords replace them."""
+
+    def make(**given):
+        return parse_args(
+            {
+                "model_name_or_path": tiny_vit,
+                "dataset_name": "digits",
+                "max_train_samples": 96,
+                "max_eval_samples": 50,
+                "max_predict_samples": 50,
+                "per_device_train_batch_size": 32,
+                "num_train_epochs": 1,
+                "output_dir": str(tmp_path / "out"),
+                "disable_tqdm": True,
+                **given,
+            }
+        )
+
+    return make
+
+
+@pytest.fixture
+def run(make_arguments):
+    """Train with `make_arguments(**given)` and return (metrics, output folder)."""
+
+    def do(**given):
+        arguments = make_arguments(**given)
+        return train(arguments), Path(arguments.training.output_dir)
+
+    return do

@@ -1,0 +1,38 @@
+"""`vpt-peft convert CHECKPOINT OUTPUT_DIR [--source auto]`."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Sequence
+
+
+def run(argv: Sequence[str]) -> int:
+    """Convert a checkpoint and print the folder."""
+    from ..conversion import SOURCES, convert_checkpoint
+
+    parser = ArgumentParser(
+        prog="vpt-peft convert",
+        description="Convert an official ViT checkpoint to a Hugging Face folder; no code in it is run.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", help=".pth, .pth.tar, .safetensors or .npz file")
+    parser.add_argument("output_dir", help="folder to write")
+    parser.add_argument("--source", choices=("auto", *SOURCES), default="auto", help="where the checkpoint comes from")
+    parser.add_argument("--image_size", type=int, help="pixels a side, where the weights leave it open")
+    parser.add_argument("--num_heads", type=int, help="attention heads, where the weights leave it open")
+    parser.add_argument("--normalization", choices=("auto", "imagenet", "half"), default="auto", help="mean and std")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion in output_dir")
+    own = parser.parse_args(list(argv))
+
+    print(
+        convert_checkpoint(
+            own.checkpoint,
+            own.output_dir,
+            source=own.source,
+            image_size=own.image_size,
+            num_heads=own.num_heads,
+            overwrite=own.overwrite,
+            normalization=own.normalization,
+        )
+    )
+    return 0

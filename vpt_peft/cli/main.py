@@ -1,0 +1,63 @@
+"""Find the command, run it, and end user errors as one line with exit code 2."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+
+# name: (module with `run(argv) -> int`, what it does); modules are imported when their command is called
+COMMANDS = {
+    "train": ("vpt_peft.cli.train", "train prompts or a baseline, save the adapter with its card"),
+    "evaluate": ("vpt_peft.cli.evaluate", "evaluate an adapter folder or Hub id on a split"),
+    "predict": ("vpt_peft.cli.predict", "predict images or folders of images to a table"),
+    "push": ("vpt_peft.cli.push", "upload an adapter folder to the Hub"),
+    "convert": ("vpt_peft.cli.convert", "convert a pre-trained checkpoint to a Hugging Face folder"),
+}
+
+
+def usage() -> str:
+    """The list of commands."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {help_text}" for name, (_, help_text) in COMMANDS.items()]
+    head, foot = "usage: vpt-peft <command> [options]", "vpt-peft <command> --help shows its options."
+    return "\n".join([head, "", *lines, "", foot])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0, or 2 after one line on stderr about what the user has to change.
+
+    `VPT_PEFT_DEBUG=1` shows the traceback of such errors.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage(), file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(f"vpt-peft: unknown command {name!r}; choose one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("vpt_peft").setLevel(logging.INFO)
+    try:
+        return importlib.import_module(COMMANDS[name][0]).run(rest)
+    except KeyboardInterrupt:
+        hint = " Go on from the last checkpoint with --resume_from_checkpoint last." if name == "train" else ""
+        print(f"vpt-peft {name}: interrupted.{hint}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if os.environ.get("VPT_PEFT_DEBUG") or not _is_user_error(error):
+            raise
+        print(f"vpt-peft {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _is_user_error(error: Exception) -> bool:
+    """Wrong input, files and networks; anything else is a defect and keeps its traceback."""
+    if isinstance(error, OSError | ValueError | ModuleNotFoundError):
+        return True
+    # By name: importing their modules (torch, the Hub client) would make every error slow
+    return any(kind.__name__ in ("TrainingDiverged", "HTTPError") for kind in type(error).__mro__)

@@ -1,0 +1,45 @@
+"""`vpt-peft predict ADAPTER IMAGE_OR_FOLDER ... [--format csv]`."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+from .options import add_adapter_options
+
+
+def run(argv: Sequence[str]) -> int:
+    """Print (or write) one row per image: the best labels with their probabilities."""
+    parser = ArgumentParser(prog="vpt-peft predict", description="Predict images to a table.", allow_abbrev=False)
+    add_adapter_options(parser)
+    parser.add_argument("images", nargs="+", help="image files, or folders that are searched for images")
+    parser.add_argument("--top_k", type=int, default=5, help="labels per image; 0 gives all of them")
+    parser.add_argument("--format", choices=("csv", "json"), help="default: as --output_file ends, else csv")
+    parser.add_argument("--output_file", help="write the table here and not to the terminal")
+    own = parser.parse_args(list(argv))
+
+    from ..training.inference import (
+        as_table,
+        find_images,
+        label_names,
+        load_adapter_model,
+        local_folder,
+        predict_images,
+        read_record,
+    )
+
+    paths = find_images(own.images)
+    folder = local_folder(own.adapter, own.revision, own.subfolder, own.token, own.cache_dir)
+    model, processor = load_adapter_model(folder, own.base_model, token=own.token, cache_dir=own.cache_dir)
+    top_k = own.top_k or len(label_names(model))
+    augmentation = read_record(folder).get("augmentation", "none")
+    rows = predict_images(model.to(own.device), processor, paths, top_k, own.batch_size, augmentation)
+    kind = own.format or ("json" if str(own.output_file).endswith(".json") else "csv")
+    table = as_table(rows, kind)
+    if own.output_file is None:
+        sys.stdout.write(table)
+    else:
+        Path(own.output_file).write_text(table, encoding="utf-8")
+    return 0 if any(row["predictions"] for row in rows) else 2

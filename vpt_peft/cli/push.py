@@ -1,0 +1,22 @@
+"""`vpt-peft push FOLDER USER/NAME`."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Sequence
+
+
+def run(argv: Sequence[str]) -> int:
+    """Upload a folder and print the commit's URL."""
+    parser = ArgumentParser(prog="vpt-peft push", description="Upload an adapter to the Hub.", allow_abbrev=False)
+    parser.add_argument("folder", help="output folder of a training, or any PEFT adapter folder")
+    parser.add_argument("repo_id", help="user/name on the Hub")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--revision", help="branch to commit to")
+    parser.add_argument("--token", help="Hub token; default: HF_TOKEN or the stored login")
+    own = parser.parse_args(list(argv))
+
+    from ..training.hub import push_adapter
+
+    print(push_adapter(own.folder, own.repo_id, own.token, own.private, own.revision))
+    return 0

@@ -1,0 +1,269 @@
+"""What a training run is told: model, data, method and transformers' own training arguments, from flags or a file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from .data import DataArguments
+from .recipes import PROMPT_METHODS, recipe_defaults, scaled_learning_rate
+
+
+MethodName = Literal[
+    "vpt", "vpt_shallow", "gated_vpt", "linear", "full", "partial", "mlp", "bias", "adapter", "sidetune", "lora"
+]
+METHODS: tuple[str, ...] = get_args(MethodName)
+# Neither secrets nor where this run writes belong into the record of a run.
+_NOT_RECORDED = ("token", "hub_token", "output_dir", "resume_from_checkpoint", "overwrite_output_dir")
+
+
+@dataclass
+class ModelArguments:
+    """The frozen backbone."""
+
+    model_name_or_path: str = field(
+        default="embedded",
+        metadata={"help": "Hub id or folder of the backbone, or 'embedded' / 'embedded-mae' (in the package)."},
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the Hub model."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where Hub downloads are kept."})
+    token: str | None = field(default=None, metadata={"help": "Hub token for private models and data."})
+
+
+@dataclass
+class MethodArguments:
+    """How the backbone is adapted, and what differs from plain transformers training."""
+
+    method: MethodName = field(default="vpt", metadata={"help": "Prompts (vpt, vpt_shallow, gated_vpt) or else."})
+    recipe: Literal["default", "vpt_paper", "gpt_paper"] = field(
+        default="default", metadata={"help": "Preset of optimizer, schedule and rates; it fills what is not given."}
+    )
+
+    num_virtual_tokens: int = field(default=10, metadata={"help": "Prompts per prompted block."})
+    prompt_dropout: float | None = field(default=None, metadata={"help": "Dropout on prompts, drawn per image."})
+    projection_dim: int | None = field(default=None, metadata={"help": "Width the prompts live in before projection."})
+    pooling: Literal["class", "image", "prompt", "image_prompt"] | None = field(
+        default=None, metadata={"help": "What the head reads; not given: the model's own way."}
+    )
+    pool_before_norm: bool | None = field(default=None, metadata={"help": "Mean before the final norm (MAE)."})
+    layers_to_transform: list[int] | None = field(
+        default=None, metadata={"help": "Blocks with prompts of their own, 0-based."}
+    )
+    prompt_location: Literal["prepend", "add", "add_shared", "prepend_pixel", "pad", "channel"] | None = field(
+        default=None, metadata={"help": "Where the prompts go; not given: prepend."}
+    )
+    token_type: Literal["patch", "class"] | None = field(
+        default=None, metadata={"help": "Prompts as extra patches or as extra class tokens; not given: patch."}
+    )
+    share_prompts: bool | None = field(default=None, metadata={"help": "One set of prompts serves all blocks."})
+    gate: Literal["scalar", "elementwise", "none"] | None = field(
+        default=None, metadata={"help": "gated_vpt: the paper's scalar per block, a linear-sigmoid gate, or none."}
+    )
+    gate_init: float | None = field(default=None, metadata={"help": "gated_vpt: the gate logit starts at minus this."})
+    attention_temperature: bool | None = field(
+        default=None, metadata={"help": "gated_vpt: learn one attention temperature per block."}
+    )
+    init_method: Literal["tokens", "class_token_final", "class_token_layerwise", "mean_pool", "kmeans"] | None = field(
+        default=None, metadata={"help": "Start the prompts from features of training images; not given: random."}
+    )
+
+    partial_blocks: int = field(default=1, metadata={"help": "partial: last blocks that train."})
+    mlp_layers: int = field(default=3, metadata={"help": "mlp: linear layers of the head."})
+    adapter_reduction: int = field(default=8, metadata={"help": "adapter: hidden size over bottleneck width."})
+    lora_r: int = field(default=8, metadata={"help": "lora: rank."})
+
+    base_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate for 256 images a step, scaled to the actual number (VPT)."}
+    )
+    prompt_learning_rate: float | None = field(
+        default=None, metadata={"help": "Rate of prompts, gates and LoRA matrices; not given: learning_rate."}
+    )
+    head_learning_rate: float | None = field(default=None, metadata={"help": "Rate of the head; as above."})
+    prompt_weight_decay: float | None = field(
+        default=None, metadata={"help": "Decay of the prompts; not given: weight_decay."}
+    )
+    head_weight_decay: float | None = field(default=None, metadata={"help": "Decay of the head; as above."})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better metric."}
+    )
+    cache_features: bool = field(
+        default=False, metadata={"help": "Compute what lies below the first trained block once and reuse it."}
+    )
+    feature_cache_dir: str | None = field(default=None, metadata={"help": "Folder of cached features."})
+    feature_cache_limit_gb: float = field(default=10.0, metadata={"help": "Most gigabytes (10^9) in that folder."})
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r} is unknown; choose one of {', '.join(METHODS)}.")
+        for name in ("num_virtual_tokens", "partial_blocks", "mlp_layers", "adapter_reduction", "lora_r"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
+            raise ValueError(f"early_stopping_patience={self.early_stopping_patience} must be at least 1.")
+        for name in ("base_learning_rate", "prompt_learning_rate", "head_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name}={value} must not be negative.")
+        if self.feature_cache_limit_gb <= 0:
+            raise ValueError(f"feature_cache_limit_gb={self.feature_cache_limit_gb} must be above 0.")
+        self._refuse_foreign_fields()
+
+    def _refuse_foreign_fields(self) -> None:
+        """A field that the method does not read would be a silent mistake of the user."""
+        for name, methods in _ONLY_FOR.items():
+            if getattr(self, name) is not None and self.method not in methods:
+                raise ValueError(f"{name}={getattr(self, name)!r} has no effect with method={self.method!r}; drop it.")
+
+
+PROMPT_FIELDS = (
+    "prompt_dropout",
+    "projection_dim",
+    "pooling",
+    "pool_before_norm",
+    "layers_to_transform",
+    "prompt_location",
+    "token_type",
+    "share_prompts",
+    "init_method",
+)
+GATE_FIELDS = ("gate", "gate_init", "attention_temperature")
+_ONLY_FOR = dict.fromkeys(PROMPT_FIELDS, PROMPT_METHODS) | dict.fromkeys(GATE_FIELDS, ("gated_vpt",))
+
+
+@dataclass
+class VPTTrainingArguments(TrainingArguments):
+    """transformers' training arguments with defaults for prompts: evaluated and saved each epoch, the best is kept."""
+
+    output_dir: str | None = field(default="vpt-output", metadata={"help": "Where adapter, results and card go."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace the results of an earlier run in output_dir."}
+    )
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images per device in evaluation."})
+    eval_strategy: IntervalStrategy | str = field(default="epoch", metadata={"help": "When to evaluate."})
+    save_strategy: SaveStrategy | str = field(default="epoch", metadata={"help": "When to save a checkpoint."})
+    logging_strategy: IntervalStrategy | str = field(default="epoch", metadata={"help": "When to log the loss."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; the best is among them."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Save the best evaluation's weights."})
+    metric_for_best_model: str | None = field(default="accuracy", metadata={"help": "accuracy, macro_f1 or loss."})
+    label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "Keys of the labels."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Images are transformed when read."})
+    report_to: None | str | list[str] = field(
+        default="none", metadata={"help": "tensorboard, trackio, wandb, ... or none."}
+    )
+    hub_strategy: str = field(default="end", metadata={"help": "With push_to_hub: end pushes the finished adapter."})
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.cuda.is_available, metadata={"help": "Pin host memory; useful on GPUs only."}
+    )
+    # The trainer itself stops at a loss that is not finite; this filter would hide it.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave NaN losses out of the log."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        missing = set(self.report_to) - set(get_available_reporting_integrations()) if self.report_to else None
+        if missing:
+            names = ", ".join(sorted(missing))
+            raise ValueError(
+                f"report_to={names!r} needs a package that is not installed; pip install it, or use 'none'."
+            )
+
+
+class Arguments(NamedTuple):
+    """The parsed arguments of a run, and `given`: the flags of the user and the recipe as plain values."""
+
+    model: ModelArguments
+    data: DataArguments
+    method: MethodArguments
+    training: VPTTrainingArguments
+    given: dict[str, Any]
+
+    def record(self) -> dict[str, Any]:
+        """What `parse_args` needs to repeat the run, without tokens and output folder."""
+        return {name: value for name, value in self.given.items() if name not in _NOT_RECORDED}
+
+
+class FlagParser(HfArgumentParser):
+    """A parser whose errors are a `ValueError` of one line; argparse would print hundreds of lines of usage first."""
+
+    def __init__(self, classes: Any, **kwargs: Any) -> None:
+        super().__init__(classes, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> Any:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+    def without_defaults(self) -> FlagParser:
+        """Let parsing give only what is on the command line, so that a recipe or an earlier run can fill the rest."""
+        for action in self._actions:
+            action.default, action.required = argparse.SUPPRESS, False
+        return self
+
+
+def parse_args(argv: Sequence[str] | Mapping[str, Any]) -> Arguments:
+    """Parse flags, or a .json/.yaml file followed by flags that override it, or a mapping of the same names.
+
+    The recipe fills what is not given; see `recipe_defaults`.
+
+    Raises:
+        ValueError: an unknown flag, a value of the wrong type or outside its range, an unreadable file.
+        SystemExit: `--help` was asked for.
+    """
+    classes = (ModelArguments, DataArguments, MethodArguments, VPTTrainingArguments)
+    if isinstance(argv, Mapping):
+        tokens = _as_flags(argv)
+    elif argv and Path(argv[0]).suffix in (".json", ".yaml", ".yml"):
+        tokens = [*_as_flags(_read_file(Path(argv[0]))), *argv[1:]]
+    else:
+        tokens = list(argv)
+    parser = FlagParser(classes, prog="vpt-peft train")
+    if "-h" in tokens or "--help" in tokens:
+        parser.print_help()
+        raise SystemExit(0)
+    given = vars(parser.without_defaults().parse_args(tokens))
+    given |= recipe_defaults(given)
+    try:
+        model, data, method, training = parser.parse_dict(given)
+    except TypeError as error:
+        raise ValueError(f"{error} (see vpt-peft train --help)") from error
+    if method.base_learning_rate is not None and "learning_rate" not in given:
+        training.learning_rate = scaled_learning_rate(method.base_learning_rate, training)
+    return Arguments(model, data, method, training, given)
+
+
+def from_record(dataclass_type: type, record: Mapping[str, Any]) -> Any:
+    """Build one of the argument dataclasses from a run's record, ignoring the other classes' values."""
+    names = {item.name for item in fields(dataclass_type)}
+    return dataclass_type(**{name: value for name, value in record.items() if name in names})
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    text = path.read_text(encoding="utf-8")
+    try:
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is not valid {path.suffix[1:]}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold one mapping of flag names to values, not {type(values).__name__}.")
+    return values
+
+
+def _as_flags(values: Mapping[str, Any]) -> list[str]:
+    """Values as flags, so that files and mappings get the types and checks of the command line (YAML reads 1e-3 as a
+    string)."""
+    tokens: list[str] = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        if isinstance(value, list | tuple):
+            tokens += [f"--{name}", *map(str, value)]
+        else:
+            tokens.append(f"--{name}={json.dumps(value) if isinstance(value, dict | bool) else value}")
+    return tokens

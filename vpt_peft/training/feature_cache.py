@@ -1,0 +1,174 @@
+"""The stored inputs of a cut: a memory-mapped array on disk per split, named after all that it depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from .data import dataset_fingerprint
+from .features import FEATURES, Cut
+from .recipes import split_trainable
+from .structure import Classifier, base_model, find_head
+
+
+class CachedFeatures(Dataset):
+    """Rows of a stored array with their labels: {"cached_features": (..., hidden), "labels": ()}."""
+
+    def __init__(self, path: Path, labels: Sequence[int]) -> None:
+        self.features = np.load(path, mmap_mode="r")
+        self.labels = list(labels)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {FEATURES: torch.from_numpy(self.features[index].copy()), "labels": torch.tensor(self.labels[index])}
+
+
+class FeatureCache:
+    """Stores the inputs of a cut for data splits, under a name made from all that they depend on.
+
+    Args:
+        model (`Classifier`): the model that trains, in the state it starts with.
+        cut (`Cut`): where its frozen part ends.
+        preprocessing (`Mapping`): what was done to the images, JSON-able.
+        folder (`Path`): where the arrays go.
+        limit_bytes (`int`): most bytes that folder may hold.
+        autocast (`torch.dtype`, *optional*): the dtype the forward pass runs in under autocast.
+    """
+
+    def __init__(
+        self,
+        model: Classifier,
+        cut: Cut,
+        preprocessing: Mapping[str, Any],
+        folder: Path,
+        limit_bytes: int,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.model, self.cut, self.folder = model, cut, folder
+        self.limit_bytes, self.autocast = limit_bytes, autocast
+        self._key = {
+            "model": _frozen_hash(model),
+            "cut": cut.name,
+            "preprocessing": preprocessing,
+            "dtype": str(autocast or torch.float32),
+            "versions": [torch.__version__, transformers.__version__],
+        }
+
+    def store(self, split: datasets.Dataset, transformed: datasets.Dataset, collate: Callable) -> CachedFeatures:
+        """Return the split's features, computed now unless an earlier run of the same key did.
+
+        Args:
+            split: the images and labels as loaded; gives the fingerprint and the labels.
+            transformed: the same rows as model input.
+            collate: makes a batch of rows of `transformed`.
+
+        Raises:
+            OSError: the arrays would exceed the limit or the free space; sizes and folder are named.
+        """
+        key = {**self._key, "dataset": dataset_fingerprint(split), "rows": len(split)}
+        text = json.dumps(key, sort_keys=True, default=str)
+        entry = self.folder / hashlib.sha256(text.encode()).hexdigest()[:32]
+        path = entry / "features.npy"
+        if not path.is_file():
+            self._compute(transformed, collate, entry, text)
+        elif (entry / "key.json").read_text(encoding="utf-8") != text:
+            raise OSError(f"cached features in {entry} belong to another run; delete that folder.")
+        return CachedFeatures(path, split["label"])
+
+    def _compute(self, rows: datasets.Dataset, collate: Callable, entry: Path, key: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        device = next(self.model.parameters()).device
+        scratch = Path(tempfile.mkdtemp(prefix=".computing-", dir=self.folder))
+        try:
+            array, start = None, 0
+            for batch in DataLoader(rows, batch_size=32, collate_fn=collate):
+                features = self._features(batch["pixel_values"].to(device)).float().cpu().numpy()
+                if array is None:
+                    shape = (len(rows), *features.shape[1:])
+                    self._check_space(int(np.prod(shape)) * 4)
+                    array = np.lib.format.open_memmap(scratch / "features.npy", "w+", np.float32, shape)
+                array[start : start + len(features)] = features
+                start += len(features)
+            assert array is not None
+            array.flush()
+            (scratch / "key.json").write_text(key, encoding="utf-8")
+            if not entry.exists():
+                os.rename(scratch, entry)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def _features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        caught: list[torch.Tensor] = []
+
+        def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught.append(args[0] if args else next(iter(kwargs.values())))
+
+        # First among the hooks, so that prompts of the same block are not yet there
+        handle = self.cut.module.register_forward_pre_hook(catch, with_kwargs=True, prepend=True)
+        self.model.eval()
+        try:
+            with torch.no_grad(), torch.autocast(pixel_values.device.type, self.autocast, self.autocast is not None):
+                self.model(pixel_values=pixel_values)
+        finally:
+            handle.remove()
+        if len(caught) != 1:
+            raise ValueError(f"cache_features: {self.cut.name} ran {len(caught)} times; leave cache_features out.")
+        return caught[0]
+
+    def _check_space(self, needed: int) -> None:
+        held = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        if held + needed > self.limit_bytes:
+            raise OSError(
+                f"cached features need {needed / 1e9:.3g} GB; {self.folder} holds {held / 1e9:.3g} GB of at most "
+                f"{self.limit_bytes / 1e9:.3g} GB. Raise feature_cache_limit_gb, delete what is old there, or leave "
+                "cache_features out."
+            )
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise OSError(
+                f"cached features need {needed / 1e9:.3g} GB, but {self.folder} has {free / 1e9:.3g} GB free."
+            )
+
+
+def collate_features(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Stack rows of `CachedFeatures` to {"cached_features": (batch, ..., hidden), "labels": (batch,)}."""
+    return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
+
+
+def default_cache_dir() -> Path:
+    """`vpt_peft/features` in the Hugging Face cache folder."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME) / "vpt_peft" / "features"
+
+
+def _frozen_hash(model: Classifier) -> str:
+    """A hash of the frozen weights outside the head, and of the config but for its labels."""
+    base = base_model(model)
+    digest = hashlib.sha256(type(base).__name__.encode())
+    config = base.config.to_dict()
+    for name in ("id2label", "label2id", "num_labels", "_name_or_path"):
+        config.pop(name, None)
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    trained = {id(p) for group in split_trainable(model).values() for p in group.values()}
+    of_head = {id(p) for module in find_head(base).values() for p in module.parameters()}
+    for name, tensor in (*base.named_parameters(), *base.named_buffers()):
+        if id(tensor) not in trained and id(tensor) not in of_head:
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

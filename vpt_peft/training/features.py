@@ -1,0 +1,163 @@
+"""Start a forward pass from stored features of frozen blocks in place of the images.
+
+Where everything below some module is frozen and sees each image in one way only, that module's input is the same in
+every epoch. Once it is stored (`feature_cache`), the blocks below are skipped and the stored rows put in; results
+equal those without to rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from .arguments import MethodArguments
+from .recipes import PROMPT_METHODS
+from .structure import Classifier, base_model, find_blocks, find_head
+
+
+FEATURES = "cached_features"
+_INPUT_PROMPTS = ("prepend_pixel", "pad", "channel")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where the frozen part ends.
+
+    Args:
+        name (`str`): "block 6" or "head".
+        module (`nn.Module`): the first module that trains; its first input is what is stored.
+        skipped (`tuple[nn.Module, ...]`): the blocks that need not run when it is known.
+    """
+
+    name: str
+    module: nn.Module
+    skipped: tuple[nn.Module, ...]
+
+
+def find_cut(model: Classifier, method: MethodArguments, augmentation: str) -> Cut:
+    """Return where the frozen part of a model of `build_model` ends.
+
+    Raises:
+        ValueError: nothing of the model is frozen below what trains, or images are augmented at random.
+    """
+    name = method.method
+    if augmentation == "resize_crop_flip":
+        raise ValueError("cache_features needs the same image every epoch; set augmentation to 'none' or 'resize'.")
+    base = base_model(model)
+    if name in ("linear", "mlp"):
+        head = list(find_head(base).values())
+        if len(head) != 1:
+            raise ValueError(f"cache_features: {type(base).__name__} has {len(head)} heads; leave cache_features out.")
+        return Cut("head", head[0], tuple(find_blocks(base)))
+    if name == "partial":
+        blocks = find_blocks(base)
+        first = len(blocks) - method.partial_blocks
+    elif name in PROMPT_METHODS:
+        if method.prompt_location in _INPUT_PROMPTS:
+            raise ValueError(
+                f"cache_features: prompt_location={method.prompt_location!r} changes the images themselves."
+            )
+        first = min(method.layers_to_transform or [0])
+        assert isinstance(model, PeftModel)
+        with model.disable_adapter():
+            blocks = find_blocks(base)
+    else:
+        raise ValueError(f"cache_features: method={name!r} trains in all blocks, so there is nothing to keep.")
+    if first < 1:
+        raise ValueError(
+            f"cache_features: method={name!r} trains from the first block on, so there is nothing to keep; "
+            "give later blocks by --layers_to_transform, or leave cache_features out."
+        )
+    return Cut(f"block {first}", blocks[first], tuple(blocks[:first]))
+
+
+class FeatureFeed:
+    """While entered, `model(cached_features=...)` starts at the cut; `model(pixel_values=...)` is unchanged.
+
+    Args:
+        model (`Classifier`): the outermost model, a `PeftModel` where there is one.
+        cut (`Cut`): where its frozen part ends.
+        image_shape (`tuple[int, int, int]`): of the images the features came from.
+    """
+
+    def __init__(self, model: Classifier, cut: Cut, image_shape: Sequence[int]) -> None:
+        self.model, self.cut, self.image_shape = model, cut, tuple(image_shape)
+        # What runs before the cut on a blank image is thrown away: one image is enough, unless shapes are at odds
+        self._one_blank = True
+        self._features: torch.Tensor | None = None
+        self._output_lengths: dict[int, int] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> FeatureFeed:
+        self._handles = [
+            self.model.register_forward_pre_hook(self._take_features, with_kwargs=True, prepend=True),
+            self.model.register_forward_hook(self._forget_features, always_call=True),
+            self.cut.module.register_forward_pre_hook(self._put_features, with_kwargs=True, prepend=True),
+        ]
+        for index, block in enumerate(self.cut.skipped):
+            block.forward = functools.partial(self._skip, index, block.forward)  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for block in self.cut.skipped:
+            del block.forward
+
+    @torch.no_grad()
+    def check(self, pixel_values: torch.Tensor, features: torch.Tensor) -> None:
+        """Compare logits of images and of their features.
+
+        Raises:
+            ValueError: they differ, so this model's blocks cannot be skipped.
+        """
+        self.model.eval()
+        expected = self.model(pixel_values=pixel_values).logits
+        try:
+            logits = self.model(**{FEATURES: features}).logits
+        except RuntimeError:
+            self._one_blank = False
+            logits = self.model(**{FEATURES: features}).logits
+        difference = (logits - expected).abs().max().item()
+        if not difference <= 1e-4 * max(1.0, expected.abs().max().item()):
+            raise ValueError(
+                f"cache_features: logits from features differ by {difference:.2g} in {type(self.model).__name__}; "
+                "leave cache_features out."
+            )
+
+    def _take_features(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if FEATURES not in kwargs:
+            return None
+        features = kwargs.pop(FEATURES)
+        self._features = features
+        # Only its shape is read: position embeddings and masks are made for it
+        blank = torch.zeros((), device=features.device).expand(
+            1 if self._one_blank else len(features), *self.image_shape
+        )
+        return args, {"pixel_values": blank, **kwargs}
+
+    def _forget_features(self, *_: Any) -> None:
+        self._features = None
+
+    def _put_features(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._features is None:
+            return None
+        if args:
+            return (self._features, *args[1:]), kwargs
+        first = next(iter(kwargs))
+        return args, {**kwargs, first: self._features}
+
+    def _skip(self, index: int, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        if self._features is None:
+            output = forward(*args, **kwargs)
+            self._output_lengths[index] = len(output) if isinstance(output, tuple) else 0
+            return output
+        hidden_states = args[0] if args else next(iter(kwargs.values()))
+        length = self._output_lengths.get(index, 0)
+        return (hidden_states, *[None] * (length - 1)) if length else hidden_states

@@ -1,0 +1,118 @@
+"""The output folder: refused where it is not ours, resumed where a run broke off, and never left half-written."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .arguments import VPTTrainingArguments
+
+
+logger = logging.getLogger(__name__)
+
+# The arguments of the run; also the mark by which a folder is known as ours
+RUN_RECORD = "training_config.json"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# Without one of these a folder of ours holds nothing that could be lost
+_RESULTS = ("adapter_model.safetensors", "vpt_peft_baseline.json", "all_results.json")
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The newest complete checkpoint of a run; one whose writing broke off lacks a readable trainer_state.json."""
+    complete = []
+    for path in Path(folder).glob("checkpoint-*"):
+        match = _CHECKPOINT.fullmatch(path.name)
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if match:
+            complete.append((int(match.group(1)), path))
+    return max(complete)[1] if complete else None
+
+
+def prepare_output_dir(training: VPTTrainingArguments) -> Path | None:
+    """Check the output folder before anything is computed; return the checkpoint to resume from, or None.
+
+    `resume_from_checkpoint` may be a folder, or "true" / "last" for the newest complete checkpoint in output_dir.
+
+    Raises:
+        FileExistsError: output_dir holds files that are not ours, or results while neither resuming nor overwriting.
+        FileNotFoundError: there is nothing to resume from.
+        NotADirectoryError: output_dir is a file.
+    """
+    folder = Path(training.output_dir or ".")
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"output_dir={str(folder)!r} is a file; give a folder.")
+    entries = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
+    if entries and not (folder / RUN_RECORD).is_file():
+        raise FileExistsError(
+            f"output_dir={str(folder)!r} holds files that no run of vpt-peft wrote; give an empty or another folder."
+        )
+    if training.resume_from_checkpoint is not None:
+        return _resume_point(folder, training.resume_from_checkpoint)
+    taken = last_checkpoint(folder) or next((folder / name for name in _RESULTS if (folder / name).exists()), None)
+    if taken is not None:
+        if not training.overwrite_output_dir:
+            raise FileExistsError(
+                f"output_dir={str(folder)!r} holds the results of an earlier run ({taken.name}); add "
+                "--resume_from_checkpoint last to go on with it, --overwrite_output_dir to replace it, or give "
+                "another folder."
+            )
+        # Old checkpoints would be taken for those of this run when the oldest are removed
+        for path in folder.glob("checkpoint-*"):
+            if _CHECKPOINT.fullmatch(path.name):
+                shutil.rmtree(path)
+    return None
+
+
+def _resume_point(folder: Path, wanted: str) -> Path:
+    if wanted.lower() in ("true", "last", "auto"):
+        checkpoint = last_checkpoint(folder)
+        if checkpoint is None:
+            raise FileNotFoundError(
+                f"output_dir={str(folder)!r} holds no complete checkpoint; leave out resume_from_checkpoint to start."
+            )
+        return checkpoint
+    if not (Path(wanted) / "trainer_state.json").is_file():
+        raise FileNotFoundError(
+            f"resume_from_checkpoint={wanted!r} is no complete checkpoint (no trainer_state.json); give a "
+            "checkpoint-* folder, or 'last' for the newest one in output_dir."
+        )
+    return Path(wanted)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_beside(folder: str | Path) -> Iterator[Path]:
+    """Yield a scratch folder whose files take their places in `folder` when the block ends well, and vanish otherwise.
+
+    So a full disk or a crash while saving leaves the files of before untouched. Each file is renamed into place.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    try:
+        yield scratch
+        # Weights first: a config in place promises weights that fit it
+        for path in sorted(scratch.iterdir(), key=lambda path: (path.suffix == ".json", path.name)):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

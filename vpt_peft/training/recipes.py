@@ -1,0 +1,151 @@
+"""Recipe presets: the papers' schedules and an AdamW default, and the optimizer's parameter groups.
+
+Sources: Jia et al. 2022, arXiv 2203.12119 (vpt_paper); Yoo et al. 2023, arXiv 2306.05067 (gpt_paper).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftModel
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .structure import Classifier, find_head
+
+
+if TYPE_CHECKING:
+    from .arguments import MethodArguments, VPTTrainingArguments
+
+PROMPT_METHODS = ("vpt", "vpt_shallow", "gated_vpt")
+RECIPES = ("default", "vpt_paper", "gpt_paper")
+
+# Peak AdamW learning rates of the default recipe: what a method adds or unfreezes, then its head.
+_DEFAULT_RATES = {
+    "vpt": (5e-3, 2e-3),
+    "vpt_shallow": (1e-2, 2e-3),
+    "gated_vpt": (1e-2, 2e-3),
+    "linear": (2e-3, 2e-3),
+    "mlp": (1e-3, 1e-3),
+    "full": (1e-4, 1e-3),
+    "partial": (2e-4, 1e-3),
+    "bias": (2e-3, 2e-3),
+    "adapter": (1e-3, 2e-3),
+    "sidetune": (1e-3, 2e-3),
+    "lora": (1e-3, 2e-3),
+}
+
+
+def recipe_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that the recipe named in `given` adds to what the user gave; nothing given is changed.
+
+    A learning rate or weight decay given by the user is meant for every parameter group, so the recipe then adds none
+    for single groups.
+
+    Raises:
+        ValueError: `recipe` is unknown.
+    """
+    method, recipe = given.get("method", "vpt"), given.get("recipe", "default")
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe={recipe!r} is unknown; choose one of {', '.join(RECIPES)}.")
+    values = _paper_recipe(given, method, recipe) if recipe != "default" else _default_recipe(method)
+    if "learning_rate" in given or "base_learning_rate" in given:
+        for name in ("learning_rate", "base_learning_rate", "prompt_learning_rate", "head_learning_rate"):
+            values.pop(name, None)
+    if "weight_decay" in given:
+        values.pop("prompt_weight_decay", None)
+        values.pop("head_weight_decay", None)
+    return {name: value for name, value in values.items() if name not in given}
+
+
+def _default_recipe(method: str) -> dict[str, Any]:
+    added, head = _DEFAULT_RATES.get(method, (1e-3, 1e-3))
+    values: dict[str, Any] = {
+        "optim": "adamw_torch",
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "learning_rate": added,
+        "head_learning_rate": head,
+        "weight_decay": 0.01,
+        "num_train_epochs": 20,
+        "per_device_train_batch_size": 32,
+    }
+    if method in PROMPT_METHODS:
+        values |= {"prompt_learning_rate": added, "prompt_weight_decay": 0.0}
+    return values
+
+
+def _paper_recipe(given: Mapping[str, Any], method: str, recipe: str) -> dict[str, Any]:
+    prompts = given.get("num_virtual_tokens", 10)
+    values: dict[str, Any] = {
+        "optim": "sgd",
+        "optim_args": "momentum=0.9",
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "max_grad_norm": 0.0,
+        "num_train_epochs": 100,
+        "per_device_train_batch_size": 64 if method in PROMPT_METHODS and prompts >= 100 else 128,
+    }
+    # One mid value of each paper's grid; the papers choose it per data set
+    if recipe == "vpt_paper":
+        values |= {"base_learning_rate": 1.0, "weight_decay": 1e-3}
+    else:
+        values |= {"learning_rate": 0.5, "weight_decay": 0.0}
+    if method in PROMPT_METHODS:
+        values["prompt_dropout"] = 0.1
+    if method == "gated_vpt":
+        values["gate_init"] = 5.0
+    return values
+
+
+def scaled_learning_rate(base_learning_rate: float, training: VPTTrainingArguments) -> float:
+    """The linear scaling rule of the VPT paper: base rate times images per optimizer step over 256."""
+    images = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    return base_learning_rate * images / 256
+
+
+def split_trainable(model: Classifier) -> dict[str, dict[str, nn.Parameter]]:
+    """Sort the trainable parameters into {"prompts", "head", "rest"}, each {name: parameter}.
+
+    "prompts" is what the PEFT method added (prompts, gates, temperatures, projections, LoRA's matrices), "head" the
+    task head, "rest" everything else (biases, unfrozen blocks, adapters).
+    """
+    if isinstance(model, PeftModel):
+        heads: list[nn.Module] = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        prefix = str(model.base_model.prefix)
+    else:
+        heads, prefix = list(find_head(model).values()), None
+    of_head = {id(parameter) for head in heads for parameter in head.parameters()}
+    groups: dict[str, dict[str, nn.Parameter]] = {"prompts": {}, "head": {}, "rest": {}}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in of_head:
+            groups["head"][name] = parameter
+        elif prefix is not None and any(part.startswith(prefix) for part in name.split(".")):
+            groups["prompts"][name] = parameter
+        else:
+            groups["rest"][name] = parameter
+    return groups
+
+
+def parameter_groups(
+    model: Classifier, method: MethodArguments, training: VPTTrainingArguments
+) -> list[dict[str, Any]]:
+    """Optimizer groups of the trainable parameters: prompts, head and rest with a learning rate and decay each.
+
+    Parameters of fewer than two dimensions (biases, norms, gates, temperatures) are never decayed.
+    """
+    rates = {"prompts": method.prompt_learning_rate, "head": method.head_learning_rate, "rest": None}
+    decays = {"prompts": method.prompt_weight_decay, "head": method.head_weight_decay, "rest": None}
+    groups = []
+    for group_name, parameters in split_trainable(model).items():
+        rate = training.learning_rate if rates[group_name] is None else rates[group_name]
+        decay = training.weight_decay if decays[group_name] is None else decays[group_name]
+        matrices = [p for p in parameters.values() if p.ndim >= 2]
+        vectors = [p for p in parameters.values() if p.ndim < 2]
+        for params, weight_decay in ((matrices, decay), (vectors, 0.0)):
+            if params:
+                groups.append({"params": params, "lr": rate, "weight_decay": weight_decay, "name": group_name})
+    return groups

@@ -1,0 +1,112 @@
+"""What a run will cost, said before it starts and measured on a few images: parameters, memory, seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from .methods import ParameterCounts
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One measured training step of `images` images.
+
+    Args:
+        images (`int`): batch size it was measured with.
+        load_seconds (`float`): reading and transforming the images.
+        step_seconds (`float`): forward and backward pass.
+        activation_bytes (`int`): tensors kept for the backward pass.
+    """
+
+    images: int
+    load_seconds: float
+    step_seconds: float
+    activation_bytes: int
+
+
+def measure_step(trainer: Trainer, images: int = 4) -> StepCost:
+    """Run a forward and backward pass of a few training images twice and measure the second, warm one.
+
+    Gradients, buffers and random states are put back, so training itself is not changed by it.
+    """
+    model: Any = trainer.model
+    dataset: Any = trainer.train_dataset
+    images = min(images, trainer.args.per_device_train_batch_size, len(dataset))
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    was_training = model.training
+    with torch.random.fork_rng():
+        start = time.perf_counter()
+        batch = trainer.data_collator([dataset[index] for index in range(images)])
+        load_seconds = time.perf_counter() - start
+        model.train()
+        for _ in range(2):
+            _synchronize(trainer.args.device)
+            start = time.perf_counter()
+            inputs = {name: value.to(trainer.args.device) for name, value in batch.items()}
+            with SavedBytes(model.parameters()) as saved, trainer.compute_loss_context_manager():
+                loss = model(**inputs).loss
+            loss.backward()
+            _synchronize(trainer.args.device)
+            step_seconds = time.perf_counter() - start
+            model.zero_grad(set_to_none=True)
+    model.train(was_training)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+    return StepCost(images, load_seconds, step_seconds, saved.total)
+
+
+class SavedBytes:
+    """Counts the bytes of distinct storages that autograd keeps for the backward pass, parameters left out."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.total = 0
+        self._seen = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor)
+
+    def _count(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.total += storage.nbytes()
+        return tensor
+
+    def __enter__(self) -> SavedBytes:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)
+
+
+def describe_run(trainer: Trainer, counts: ParameterCounts, cost: StepCost) -> str:
+    """The lines shown before training: what trains, and the expected memory and time, extrapolated from `cost`."""
+    args = trainer.args
+    model: Any = trainer.model
+    dataset: Any = trainer.train_dataset
+    share = 100 * counts.trainable / counts.total
+    batch, images = args.per_device_train_batch_size, len(dataset)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    states = 4 if "sgd" in str(args.optim) else 8
+    activations = cost.activation_bytes * batch / cost.images
+    total = weights + counts.trainable * (4 + states) + activations
+    seconds = images / args.world_size * (cost.load_seconds + cost.step_seconds) / cost.images
+    return (
+        f"Trains {counts.trainable:,} of {counts.total:,} parameters ({share:.2f} %): prompts and the like "
+        f"{counts.prompts:,}, head {counts.head:,}, other {counts.rest:,}.\n"
+        f"Expects about {total / 1e6:,.0f} MB for weights, gradients, optimizer and the activations of {batch} "
+        f"images, and about {seconds:,.0f} s per epoch of {images:,} images, evaluation not counted "
+        f"(from one step of {cost.images} images; larger batches run at another speed)."
+    )
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

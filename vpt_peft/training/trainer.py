@@ -1,0 +1,93 @@
+"""transformers' Trainer with parameter groups, small checkpoints, and a stop at a loss that is not finite.
+
+Users who bring their own Trainer need nothing of this: a prompted model is a `PeftModel` like any other.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from .arguments import MethodArguments, VPTTrainingArguments
+from .recipes import parameter_groups
+from .saving import BASELINE_CONFIG, load_trained, save_trained
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is not finite; nothing of the step was applied or saved."""
+
+
+class FiniteEvaluation(TrainerCallback):
+    """Stops before a checkpoint is saved whose evaluation loss is not finite."""
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        loss = (kwargs.get("metrics") or {}).get("eval_loss", 0.0)
+        if not math.isfinite(loss):
+            raise TrainingDiverged(f"the evaluation loss is {loss} after step {state.global_step}")
+
+
+class VPTTrainer(Trainer):
+    """Trainer for models of `build_model`.
+
+    Args:
+        method (`MethodArguments`): gives learning rates and weight decays of prompts and head.
+        kwargs: as of `transformers.Trainer`.
+    """
+
+    args: VPTTrainingArguments
+    model: Any
+
+    def __init__(self, *, method: MethodArguments, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.method = method
+        self.add_callback(FiniteEvaluation())
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer `args.optim` names, over prompts, head and rest with rates of their own."""
+        if self.optimizer is None:
+            trained: Any = self.model if model is None else model
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            self.optimizer = optimizer_class(parameter_groups(trained, self.method, self.args), **options)
+        return self.optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One step as in the base class.
+
+        Raises:
+            TrainingDiverged: the loss is not finite. The weights are still those of the step before.
+        """
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss).all():
+            raise TrainingDiverged(f"the training loss is {loss.item()} at step {self.state.global_step + 1}")
+        return loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # Sharded training gathers the weights itself and hands them over
+        if state_dict is not None:
+            super()._save(output_dir, state_dict)
+            return
+        folder = Path(output_dir or self.args.output_dir or ".")
+        save_trained(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if (Path(resume_from_checkpoint) / BASELINE_CONFIG).is_file():
+            load_trained(self.model if model is None else model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint or ""
+        if (Path(best) / BASELINE_CONFIG).is_file():
+            load_trained(self.model, best)
+        else:
+            super()._load_best_model()
