@@ -7,17 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft import (
     AutoPeftModel,
     PeftConfig,
     PeftModel,
-    get_base_model_state_dict,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
-    set_base_model_state_dict,
     set_peft_model_state_dict,
 )
 from peft_fixtures import BLOCKS, CONFIGS, MAIN, WIDTH, bare_vit, images, logits, randomize, trainable, vit
@@ -372,12 +371,13 @@ def test_width_is_named_in_the_error(tmp_path: Path):
         PeftModel.from_pretrained(wider(), tmp_path)
 
 
+@pytest.mark.skipif(not hasattr(peft, "get_base_model_state_dict"), reason="this PEFT does not have the function")
 @pytest.mark.parametrize("name", MAIN)
 def test_state_dict_of_the_base(name: str):
     """PEFT gives the backbone's weights under their own names and takes them again, with prompts attached."""
     plain = vit(seed=8).state_dict()
     model = attach(name, modules_to_save=[])
-    found = get_base_model_state_dict(model)
+    found = peft.get_base_model_state_dict(model)
     assert list(found) == list(plain) and all(torch.equal(found[key], v) for key, v in vit().state_dict().items())
-    set_base_model_state_dict(model, plain)
+    peft.set_base_model_state_dict(model, plain)
     assert torch.equal(logits(model, images()), logits(attach(name, vit(seed=8), modules_to_save=[]), images()))
