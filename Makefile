@@ -1,7 +1,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: demo test lint bench clean
@@ -14,7 +13,7 @@ $(BIN)/.installed: setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 demo: $(BIN)/.installed
-	$(BIN)/vpt-peft demo --output_dir out/demo
+	HF_HUB_OFFLINE=1 $(BIN)/vpt-peft demo --output_dir out/demo
 
 test: $(BIN)/.installed
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .encoder import EncoderSpec
+from .encoder.inputs import IMAGE_INPUTS
 
 
 def find_task_head(model: nn.Module, encoder_path: str, spec: EncoderSpec) -> list[str]:
@@ -23,7 +24,7 @@ def find_task_head(model: nn.Module, encoder_path: str, spec: EncoderSpec) -> li
     """
     while isinstance(model, PeftModel):
         model, encoder_path = model.get_base_model(), encoder_path.removeprefix("base_model.model").lstrip(".")
-    if "For" not in type(model).__name__:
+    if "For" not in type(model).__name__ or getattr(model, "main_input_name", None) not in IMAGE_INPUTS:
         return []
     found: list[str] = []
     path, module = "", model
@@ -31,17 +32,23 @@ def find_task_head(model: nn.Module, encoder_path: str, spec: EncoderSpec) -> li
         siblings = [(f"{path}{other}", child) for other, child in module.named_children() if other != name]
         if any(_has_language_model(child) for _, child in siblings):
             return []
-        found += [sibling for sibling, child in siblings if _has_parameters(child)]
+        found += [part for sibling, child in siblings for part in _parts(sibling, child)]
         path, module = f"{path}{name}.", getattr(module, name)
     if encoder_path == "":
-        found = [
-            name for name, child in model.named_children() if _has_parameters(child) and _outside(name, child, spec)
-        ]
+        children = [(name, child) for name, child in model.named_children() if _outside(name, child, spec)]
+        found = [part for name, child in children for part in _parts(name, child)]
     return found
 
 
 def _has_parameters(module: nn.Module) -> bool:
     return not isinstance(module, BaseTunerLayer) and any(True for _ in module.parameters())
+
+
+def _parts(path: str, module: nn.Module) -> list[str]:
+    """The module's path, or its children's for lists and dicts, which cannot be trained as a whole."""
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return [part for name, child in module.named_children() for part in _parts(f"{path}.{name}", child)]
+    return [path] if _has_parameters(module) else []
 
 
 def _has_language_model(module: nn.Module) -> bool:

@@ -161,7 +161,7 @@ class Poison(TrainerCallback):
     [
         (1, None, "training loss is nan at step 2.*Lower the learning rate.*No checkpoint was saved yet"),
         # After the last step of the second epoch: seen by the evaluation, before the checkpoint is written
-        (6, 3, "evaluation loss is nan after step 6.*learning_rate=0.005.*checkpoint-3"),
+        (6, 3, "evaluation loss is nan after step 6.*learning_rate=.*checkpoint-3"),
         (7, 6, "training loss is nan at step 8.*checkpoint-6"),
     ],
 )

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from .inputs import IMAGE_INPUTS, sample_inputs
 from .maps import match_map
@@ -74,7 +73,7 @@ def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
     found = [
         (path, module)
         for path, module in model.named_modules()
-        if isinstance(module, PreTrainedModel)
+        if hasattr(module, "config")
         and any(name in signature(module.forward).parameters for name in IMAGE_INPUTS)
         and any(_is_stack(child) for child in module.modules())
     ]

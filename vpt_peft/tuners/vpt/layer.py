@@ -155,7 +155,7 @@ class VPTLayer(nn.Module, PromptTunerLayer):
     def enter(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Bring prompts into the block's input; `None` where it stays as it is."""
         playing = self.playing()
-        if not playing:
+        if not playing and self.index > 0:
             return None
         argument = self.spec.argument
         hidden = kwargs[argument] if argument else args[0]

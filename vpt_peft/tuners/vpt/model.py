@@ -275,6 +275,10 @@ class VPTModel(BaseTuner):
             store.detach()
         return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a trained module back in its place; unlike a weight's wrapper it has a device of its own."""
+        setattr(parent, child_name, new_module)
+
     @classmethod
     def _get_adapter_state_dict(
         cls,
