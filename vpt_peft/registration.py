@@ -5,8 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from peft import mapping
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
+
+
+if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
+    raise ImportError(
+        "vpt_peft needs peft 0.21 or later: earlier versions would load prompts wrongly. pip install -U peft"
+    )
 
 
 def add_peft_type(name: str) -> PeftType:
