@@ -1,0 +1,46 @@
+"""`vpt-peft export ADAPTER OUTPUT [--format onnx]`."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Sequence
+
+
+def run(argv: Sequence[str]) -> int:
+    """Export an adapter with its backbone and head, and print the file."""
+    parser = ArgumentParser(
+        prog="vpt-peft export",
+        description="Write an adapter with its backbone and head to one file that runs without vpt_peft.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("adapter", help="folder or Hub id of the adapter")
+    parser.add_argument("output", help="file to write, or a folder for model.onnx or model.pt2")
+    parser.add_argument("--format", choices=("onnx", "torch"), default="onnx", help="ONNX, or torch.export")
+    parser.add_argument("--image_size", type=int, nargs="+", help="pixels a side, or height and width")
+    parser.add_argument("--opset", type=int, help="ONNX opset; default: the exporter's")
+    parser.add_argument("--no_check", action="store_true", help="do not compare the file with PyTorch")
+    parser.add_argument("--base_model", help="backbone to use in place of the one it was trained on")
+    parser.add_argument("--revision", help="branch, tag or commit of the adapter on the Hub")
+    parser.add_argument("--subfolder", help="folder inside the Hub repository")
+    parser.add_argument("--token", help="Hub token")
+    parser.add_argument("--cache_dir", help="where Hub downloads are kept")
+    own = parser.parse_args(list(argv))
+
+    from ..export import export_model
+
+    sides = own.image_size
+    path = export_model(
+        own.adapter,
+        own.output,
+        own.format,
+        image_size=sides[0] if sides is not None and len(sides) == 1 else sides,
+        opset=own.opset,
+        check=not own.no_check,
+        base_model=own.base_model,
+        revision=own.revision,
+        subfolder=own.subfolder,
+        token=own.token,
+        cache_dir=own.cache_dir,
+    )
+    print(path)
+    return 0
