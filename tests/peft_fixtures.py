@@ -142,7 +142,7 @@ def own_attributes(model: nn.Module) -> dict[str, set[str]]:
 
 def run_python(code: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run `code` in a fresh interpreter that knows the package but has not imported it."""
-    paths = [str(ROOT), str(ROOT / "tests")]
+    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, timeout=240

@@ -103,11 +103,12 @@ def describe_encoder(encoder: nn.Module, path: str = "") -> EncoderSpec:
     failure: Exception | None = None
     for inputs in sample_inputs(encoder):
         trace = trace_encoder(encoder, inputs)
-        failure = failure or trace.failure
         if trace.failure is None and trace.attention:
             return _describe(encoder, path, trace, inputs)
-    reason = f": {failure}" if failure is not None else ", or has no softmax attention"
-    raise EncoderError(f"{name} could not be run on a random input made from its configuration{reason}")
+        if trace.failure is None:
+            raise EncoderError(f"{name} has no softmax attention on a random input made from its configuration.")
+        failure = failure or trace.failure
+    raise EncoderError(f"{name} could not be run on a random input made from its configuration: {failure}")
 
 
 def _describe(encoder: nn.Module, path: str, trace: Trace, inputs: dict[str, Any]) -> EncoderSpec:
