@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from .quantized import has_packed_weights
 from .spec import HeadMap, submodule
 from .trace import Call
 
@@ -70,10 +71,8 @@ def _candidates(calls: list[Call], target: torch.Tensor, attention_path: str) ->
     for call in sorted(calls, key=lambda call: (call.path.count("."), call.order)):
         if call.output is None or call.input is None or call.path == attention_path:
             continue
-        if (
-            not isinstance(getattr(call.module, "weight", None), torch.Tensor)
-            or "norm" in type(call.module).__name__.lower()
-        ):
+        has_weights = isinstance(getattr(call.module, "weight", None), torch.Tensor) or has_packed_weights(call.module)
+        if not has_weights or "norm" in type(call.module).__name__.lower():
             continue
         path = call.path[len(attention_path) + 1 if attention_path else 0 :]
         for parts in (1, 2, 3):

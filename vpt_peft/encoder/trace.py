@@ -13,6 +13,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import AttentionInterface
 
+from .quantized import allow_packing, forbid_packing
+
 
 MATRIX_PRODUCTS = frozenset({torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.bmm, torch.Tensor.__matmul__})
 SOFTMAXES = frozenset({torch.softmax, torch.nn.functional.softmax, torch.Tensor.softmax})
@@ -147,9 +149,11 @@ def in_eval(module: nn.Module) -> Iterator[None]:
     """Put a module in eval mode and give every submodule its own mode back afterwards."""
     modes = [(child, child.training) for child in module.modules()]
     module.eval()
+    unpacked = forbid_packing(module)
     try:
         yield
     finally:
+        allow_packing(unpacked)
         for child, mode in modes:
             child.training = mode
 

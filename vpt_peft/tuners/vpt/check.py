@@ -1,8 +1,9 @@
-"""Compare prompts as keys and values with prompts as tokens on a random input, when prompts are attached."""
+"""What is tried out when prompts are attached: keys and values against tokens, and quantised maps."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +12,11 @@ from torch import nn
 
 from vpt_peft.encoder import BlockSpec, EncoderSpec, submodule
 from vpt_peft.encoder.inputs import sample_inputs
+from vpt_peft.encoder.quantized import has_packed_weights, try_map
 from vpt_peft.encoder.trace import block_arguments, first_tensor, in_eval
 
 from .config import VPTConfig
+from .plan import make_roles
 from .store import VPTPromptStore
 
 
@@ -100,3 +103,50 @@ def _run(
     if output is None:
         raise ValueError("the block returns no tensor")
     return output
+
+
+def check_quantized(encoder: nn.Module, spec: EncoderSpec, config: VPTConfig, path: str = "") -> None:
+    """Try the quantised maps that prompts run through, or their gradients.
+
+    Args:
+        encoder: The encoder.
+        spec: Its description.
+        config: What prompts are going to be attached.
+        path: Dotted path of the encoder, for messages.
+
+    Raises:
+        EncoderError: A map does not run on as many tokens as there are prompts, or lets no gradient pass.
+    """
+    floats = (
+        p.dtype for p in encoder.parameters() if p.is_floating_point() and not p.is_meta and p.element_size() > 1
+    )
+    dtype = next(floats, torch.float32)
+    for block, role in zip(spec.blocks, make_roles(config, spec), strict=True):
+        attention = block.attention
+        maps = (attention.key, attention.value) if role.mode == "kv" else ()
+        alone = {f"{attention.path}.{each.path}" for each in maps if each is not None}
+        for name, module in submodule(encoder, block.path).named_modules():
+            if has_packed_weights(module) and hasattr(module, "in_features"):
+                rows = config.num_virtual_tokens if name in alone else block.tokens
+                where = ".".join(filter(None, (path, block.path, name)))
+                with in_eval(module):
+                    try_map(module, where, rows, dtype, needs_gradient=not config.inference_mode)
+
+
+def check_heads(model: nn.Module, names: Iterable[str]) -> None:
+    """Check that the modules that are going to train hold no quantised weights.
+
+    Raises:
+        ValueError: Some do.
+    """
+    packed = [
+        path
+        for path, module in model.named_modules()
+        if has_packed_weights(module) and any(f".{name}." in f".{path}." for name in names)
+    ]
+    if packed:
+        raise ValueError(
+            f"modules_to_save: {', '.join(packed)} has quantised weights, which cannot train; leave it as it is when the "
+            "model is quantised (modules_to_not_convert, for bitsandbytes llm_int8_skip_modules), or pass "
+            "modules_to_save=[]."
+        )

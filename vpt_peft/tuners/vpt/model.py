@@ -20,7 +20,7 @@ from vpt_peft.encoder import find_encoder, submodule
 from vpt_peft.encoder.inputs import IMAGE_INPUTS
 from vpt_peft.heads import find_task_head
 
-from .check import check_key_values
+from .check import check_heads, check_key_values, check_quantized
 from .config import VPTConfig
 from .layer import PromptTunerLayer
 from .mixed import MixedBatch, check_names
@@ -83,12 +83,14 @@ class VPTModel(BaseTuner):
                 spec = check_key_values(submodule(self.model, spec.path), spec)
                 check_config(peft_config, spec)
             self._found, path = spec, spec.path
+        check_quantized(submodule(self.model, path), spec, peft_config, path)
         roles = make_roles(peft_config, spec)
         warm = (index for index, role in enumerate(roles) if role.temperature)
         # The blocks that have a part in the adapter; the first stands for prompts that are pixels.
         chosen = sorted({*prompted_blocks(peft_config, spec), *warm}) or [0]
         self._targets = {".".join(filter(None, (path, spec.blocks[index].path))) for index in chosen}
         peft_config.modules_to_save = self._modules_to_save(peft_config, find_task_head(self.model, path, spec))
+        check_heads(self.model, peft_config.modules_to_save)
         return peft_config
 
     def _modules_to_save(self, config: VPTConfig, head: list[str]) -> list[str]:

@@ -114,6 +114,11 @@ def _mode(config: VPTConfig, spec: EncoderSpec, index: int, needed: bool) -> str
     if not needed and config.implementation != "token" and has_maps:
         return "kv"
     if block.takes_tokens:
+        if config.implementation == "kv":
+            raise EncoderError(
+                f"implementation='kv': it is not known which maps make the keys and values of block {index} "
+                f"({block.path}); use implementation='auto', which runs the prompts as tokens there."
+            )
         return "token"
     if block.windowed and block.tail and not spec.special and block.attention.query is not None:
         if block.attention.uses_interface and config.implementation != "token":

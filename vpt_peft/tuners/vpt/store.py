@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from vpt_peft.encoder import EncoderSpec, submodule
+from vpt_peft.encoder.quantized import allow_packing, forbid_packing
 
 from . import pixels
 from .config import VPTConfig
@@ -56,6 +57,7 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self._handles: list[Any] = []
+        self._unpacked: tuple[nn.Module, ...] = ()
 
     @property
     def encoder(self) -> nn.Module:
@@ -80,9 +82,11 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
         self._handles = [self.encoder.register_forward_pre_hook(enter_encoder, with_kwargs=True)]
         self._handles += pixels.attach_patch_embedding(self)
         self._handles += attach_pooling(self)
+        self._unpacked = tuple(forbid_packing(self.root))
 
     def detach(self) -> None:
         """Take every hook and tuner layer out of the encoder."""
+        allow_packing(self._unpacked)
         for handle in self._handles:
             handle.remove()
         for layer in self.layers:
