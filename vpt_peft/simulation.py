@@ -41,11 +41,13 @@ class StepCost:
         forward_flops, step_flops: Floating-point operations of the matrix products of the forward pass, and of forward
             and backward pass; a multiply-add counts as two.
         peak_bytes: Most memory in use at one time beyond weights and inputs: activations, gradients, temporaries.
+        input_bytes: The images.
     """
 
     forward_flops: int
     step_flops: int
     peak_bytes: int
+    input_bytes: int
 
 
 class StepTracker(TorchDispatchMode):
@@ -122,8 +124,8 @@ def simulate_step(
     """
     tensors = [*model.parameters(), *model.buffers()]
     device = tensors[0].device.type
-    existing = [*tensors, *(leaf for leaf in tree_leaves(dict(inputs)) if isinstance(leaf, torch.Tensor))]
-    tracker = StepTracker(existing)
+    given = [leaf for leaf in tree_leaves(dict(inputs)) if isinstance(leaf, torch.Tensor)]
+    tracker = StepTracker([*tensors, *given])
     model.train()
     with mode, tracker:
         with torch.autocast(device, autocast) if autocast is not None else contextlib.nullcontext():
@@ -132,7 +134,7 @@ def simulate_step(
         loss.backward()
     for parameter in model.parameters():
         parameter.grad = None
-    return StepCost(forward, tracker.flops, tracker.peak)
+    return StepCost(forward, tracker.flops, tracker.peak, sum(tensor.nbytes for tensor in given))
 
 
 def _scalar(output: Any) -> torch.Tensor:

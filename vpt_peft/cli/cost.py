@@ -49,6 +49,8 @@ def run(argv: Sequence[str]) -> int:
     own = vars(parser.parse_args(list(argv)))
 
     output_file, kind, limit = own.pop("output_file"), own.pop("format"), own.pop("memory_limit_gb")
+    if limit is not None and not 0 < limit < float("inf"):
+        raise ValueError(f"--memory_limit_gb {limit:g} must be a positive number of gigabytes.")
     estimates = estimate_costs(
         own.pop("model_name_or_path"),
         own.pop("method"),
@@ -73,8 +75,8 @@ def as_table(estimates: Sequence[CostEstimate]) -> str:
     first = estimates[0]
     lines += [
         "",
-        f"{first.dtype} weights, {first.batch_size} images a step; memory is weights, moments and the most a step adds; "
-        f"the largest batch fits {_size(first.memory_limit)}.",
+        f"{first.dtype} weights, {first.batch_size} images a step; memory is weights, moments, images and the most a step "
+        f"adds; the largest batch fits {_size(first.memory_limit)} with room for what an allocator holds in fragments.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -103,13 +104,18 @@ def _output_path(output: str | Path, format: str) -> Path:
         raise ValueError(f"format={format!r} is unknown; choose one of {', '.join(SUFFIXES)}.")
     path, suffix = Path(output), SUFFIXES[format]
     if path.is_dir():
-        return path / f"model{suffix}"
+        path = path / f"model{suffix}"
     if path.suffix in set(SUFFIXES.values()) - {suffix}:
         raise ValueError(
             f"output={str(output)!r}: files of format={format!r} end in {suffix}; rename one or the other."
         )
-    if path.parent.exists() and not path.parent.is_dir():
-        raise NotADirectoryError(f"output={str(output)!r}: {str(path.parent)!r} is a file; give a path in a folder.")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(f"output={str(output)!r}: {above.name!r} is a file; give a path in a folder.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"output={str(output)!r}: the folder {str(above)!r} cannot be written to; choose another."
+        )
     return path if path.suffix == suffix else path.with_name(path.name + suffix)
 
 
@@ -131,10 +137,10 @@ def _pair(image_size: Any) -> tuple[int, int] | None:
     if image_size is None:
         return None
     sides = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)
-    if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) for side in sides):
+    if not all(isinstance(side, int) and not isinstance(side, bool) for side in sides):
         raise TypeError(f"image_size={image_size!r} must be an integer, or (height, width).")
-    if min(sides) < 1:
-        raise ValueError(f"image_size={image_size!r} must be at least 1 pixel a side.")
+    if len(sides) != 2 or min(sides) < 1:
+        raise ValueError(f"image_size={image_size!r} must be one side or (height, width), each at least 1 pixel.")
     return sides[0], sides[1]
 
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,11 @@ Tensors = dict[str, torch.Tensor]
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """Yield a path in a scratch folder beside `path`; its files take their places when the block ends well."""
+    """Yield a path in a scratch folder beside `path`; its files take their places when the block ends well.
+
+    Otherwise nothing stays, folders made for it included.
+    """
+    made = [folder for folder in path.absolute().parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".export-", dir=path.parent))
     try:
@@ -36,6 +40,10 @@ def written_beside(path: Path) -> Iterator[Path]:
             os.replace(written, path.parent / written.name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        # Empty ones only, so that they stay if the file is in place or somebody else has used them
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()
 
 
 def write_onnx(
