@@ -82,7 +82,7 @@ def attach(model: nn.Module, implementation: Any = "auto") -> tuple[PeftModel, d
     """The model with prompts, and the prompts by block index: the same values whatever the dtype."""
     config = VPTConfig(num_virtual_tokens=3, implementation=implementation, modules_to_save=[])
     peft_model = get_peft_model(model, config).eval()
-    prompts = {int(k.split(".")[-2]): p for k, p in peft_model.named_parameters() if ".vpt_prompts." in k}
+    prompts = {int(k.split(".")[-1]): p for k, p in peft_model.named_parameters() if ".vpt_prompts." in k}
     for index, prompt in prompts.items():
         prompt.data = 0.3 * draw(*prompt.shape, seed=index).to(prompt.dtype)
     return peft_model, dict(sorted(prompts.items()))

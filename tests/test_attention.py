@@ -63,7 +63,7 @@ def prompted(name: str, attention: str | None = "sdpa", **config: Any) -> PeftMo
 
 
 def prompts_of(model: nn.Module) -> dict[int, nn.Parameter]:
-    return {int(name.split(".")[-2]): p for name, p in model.named_parameters() if ".vpt_prompts." in name}
+    return {int(name.split(".")[-1]): p for name, p in model.named_parameters() if ".vpt_prompts." in name}
 
 
 def attention_of(model: PeftModel, name: str, block: int = 0) -> nn.Module:

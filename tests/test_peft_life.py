@@ -140,8 +140,8 @@ def test_together_is_a_longer_prompt():
     sources = find_store(both).vpt_prompts
     with torch.no_grad():
         for index in range(BLOCKS):
-            prompts = [sources[name][str(index)].weight for name in "ab"]
-            find_store(long).vpt_prompts["default"][str(index)].weight.copy_(torch.cat(prompts))
+            prompts = [sources[name][str(index)] for name in "ab"]
+            find_store(long).vpt_prompts["default"][str(index)].copy_(torch.cat(prompts))
     x = images()
     assert torch.allclose(logits(both.eval(), x), logits(long.eval(), x), rtol=0, atol=1e-12)
     assert {n.split(".vpt_prompts.")[1][0] for n in trainable(both)} == {"a", "b"}

@@ -75,7 +75,7 @@ def test_round_trip(name: str, low_cpu_mem_usage: bool, tmp_path: Path, strict):
 
 def file_keys() -> list[str]:
     """Keys of a file of deep prompts: prompts are named by block index."""
-    prompts = [f"base_model.model.prompt_tuner.vpt_prompts.{index}.weight" for index in range(BLOCKS)]
+    prompts = [f"base_model.model.prompt_tuner.vpt_prompts.{index}" for index in range(BLOCKS)]
     return ["base_model.model.classifier.bias", "base_model.model.classifier.weight", *prompts]
 
 

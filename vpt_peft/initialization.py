@@ -100,7 +100,7 @@ def initialize_prompts(
     _fill(store, reservoirs, dataloader, method)
     starts = {key: _choose(reservoir, count, method, seed) for key, reservoir in reservoirs.items()}
     for key, rows in starts.items():
-        weight = store.part(adapter_name, "prompts", key).weight
+        weight = store.part(adapter_name, "prompts", key)
         with torch.no_grad():
             weight.copy_(rows.to(weight.device, weight.dtype))
 

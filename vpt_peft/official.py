@@ -15,7 +15,7 @@ from torch import nn
 
 from .tuners import GatedVPTConfig, VPTConfig
 from .tuners.vpt.plan import prompted_blocks
-from .tuners.vpt.prompts import Prompt
+from .tuners.vpt.prompts import PromptSet
 from .tuners.vpt.store import VPTPromptStore, find_store
 
 
@@ -135,37 +135,32 @@ def _stage_names(store: VPTPromptStore, own: list[int]) -> list[tuple[str, list[
     return [(f"deep_prompt_embeddings_{stage}", blocks) for stage, blocks in enumerate(stages) if blocks]
 
 
-def _layout(store: VPTPromptStore, name: str) -> dict[str, list[tuple[str, str | None, int]]]:
-    """For each official parameter the values it is made of, as (part, entry, dimensions to drop from the front)."""
+def _layout(store: VPTPromptStore, name: str) -> dict[str, tuple[str, list[str] | None]]:
+    """For each official parameter the part it is made of and that part's entries; `None` for a module as a whole."""
     config = store.configs[name]
-    entries = store.part(name, "prompts")
-    layout: dict[str, list[tuple[str, str | None, int]]] = {}
+    layout: dict[str, tuple[str, list[str] | None]] = {}
     if config.prompt_location == "pad":
-        layout = {f"prompt_embeddings_{key}": [("prompts", key, 1)] for key in ("tb", "lr")}
+        layout = {f"prompt_embeddings_{key}": ("prompts", [key]) for key in ("tb", "lr")}
     elif config.prompt_location == "channel":
-        layout["prompt_embeddings"] = [("prompts", "0", 1)]
-        layout["patch_embeddings"] = [("patch_embedding", None, 0)]
+        layout["prompt_embeddings"] = ("prompts", ["0"])
+        layout["patch_embeddings"] = ("patch_embedding", None)
     else:
         own = prompted_blocks(config, store.spec)
         if config.share_prompts:
-            layout["prompt_embeddings"] = [("prompts", next(iter(entries)), 1)]
+            layout["prompt_embeddings"] = ("prompts", [str(own[0])])
         else:
             if own[0] == 0:
-                layout["prompt_embeddings"] = [("prompts", "0", 1)]
+                layout["prompt_embeddings"] = ("prompts", ["0"])
             for official, blocks in _stage_names(store, own):
-                layout[official] = [("prompts", str(block), 1) for block in blocks]
+                layout[official] = ("prompts", [str(block) for block in blocks])
     if store.part(name, "projection") is not None:
-        layout["prompt_proj"] = [("projection", None, 0)]
+        layout["prompt_proj"] = ("projection", None)
     gates, temperatures = store.part(name, "gates"), store.part(name, "temperatures")
     if gates is not None:
-        layout["gate_logit"] = [("gates", key, 0) for key in gates]
+        layout["gate_logit"] = ("gates", list(gates))
     if temperatures is not None:
-        layout["temp"] = [("temperatures", key, 0) for key in temperatures]
+        layout["temp"] = ("temperatures", list(temperatures))
     return layout
-
-
-def _is_module(official: str) -> bool:
-    return official in ("prompt_proj", "patch_embeddings")
 
 
 def official_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
@@ -178,15 +173,13 @@ def official_state_dict(model: nn.Module, adapter_name: str = "default") -> dict
     if getattr(store.configs[adapter_name], "gate", None) == "elementwise":
         raise ValueError("gate='elementwise': the official code has no parameters for this gate.")
     result: dict[str, torch.Tensor] = {}
-    for official, values in _layout(store, adapter_name).items():
-        modules = [store.part(adapter_name, part, key) for part, key, _ in values]
-        if _is_module(official):
-            for leaf, parameter in modules[0].named_parameters():
+    for official, (part, keys) in _layout(store, adapter_name).items():
+        if keys is None:
+            for leaf, parameter in store.part(adapter_name, part).named_parameters():
                 result[f"{official}.{leaf}"] = parameter.detach().clone()
-        elif values[0][2]:
-            result[official] = torch.stack([module.weight.detach() for module in modules])
         else:
-            result[official] = torch.cat([module.weight.detach() for module in modules])
+            join = torch.stack if part == "prompts" else torch.cat
+            result[official] = join([store.parameter(adapter_name, part, key).detach() for key in keys])
     return result
 
 
@@ -217,49 +210,45 @@ def load_official_state_dict(
     frame = _fitting_frame(store, adapter_name, state_dict)
     wrong: list[str] = []
     copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for official, values in _layout(store, adapter_name).items():
-        modules = [frame.get(key) or store.part(adapter_name, part, key) for part, key, _ in values]
-        targets = (
-            {f"{official}.{leaf}": [parameter] for leaf, parameter in modules[0].named_parameters()}
-            if _is_module(official)
-            else {official: [module.weight for module in modules]}
-        )
+    for official, (part, keys) in _layout(store, adapter_name).items():
+        if keys is None:
+            module = store.part(adapter_name, part)
+            targets = {f"{official}.{leaf}": [parameter] for leaf, parameter in module.named_parameters()}
+        else:
+            made = frame if part == "prompts" else None
+            targets = {
+                official: [store.parameter(adapter_name, part, key) if made is None else made[key] for key in keys]
+            }
         for name, parameters in targets.items():
             tensor = _find(state_dict, name)
-            stacked = bool(values[0][2])
-            shape = (len(parameters), *parameters[0].shape) if stacked else tuple(parameters[0].shape)
-            shape = (len(parameters),) if not stacked and not _is_module(official) else shape
+            inner = tuple(parameters[0].shape)
+            shape = inner if keys is None else (len(parameters), *(inner if part == "prompts" else ()))
             if tensor is None:
                 wrong.append(f"{name} is missing (shape {shape})")
             elif tuple(tensor.shape) != shape:
                 wrong.append(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
             else:
-                parts = [tensor] if _is_module(official) else list(tensor.unbind(0))
-                copies += [(p, part.reshape(p.shape)) for p, part in zip(parameters, parts, strict=True)]
+                pieces = [tensor] if keys is None else list(tensor.unbind(0))
+                copies += [(p, piece.reshape(p.shape)) for p, piece in zip(parameters, pieces, strict=True)]
     if wrong:
         raise ValueError(f"the official state dict does not fit adapter {adapter_name!r}: {'; '.join(wrong)}.")
     with torch.no_grad():
         for parameter, value in copies:
             parameter.copy_(value)
-    for key, prompt in frame.items():
-        store.part(adapter_name, "prompts")[key] = prompt
+    if frame is not None:
+        store.container(adapter_name, "prompts")[adapter_name] = frame
 
 
-def _fitting_frame(
-    store: VPTPromptStore, name: str, state_dict: Mapping[str, torch.Tensor]
-) -> dict[str | None, Prompt]:
+def _fitting_frame(store: VPTPromptStore, name: str, state_dict: Mapping[str, torch.Tensor]) -> PromptSet | None:
     """For 'pad', prompts for the image size of the checkpoint, where it differs from the one assumed at attach time."""
     if store.configs[name].prompt_location != "pad":
-        return {}
+        return None
     rows, columns = (_find(state_dict, f"prompt_embeddings_{key}") for key in ("tb", "lr"))
     width = 2 * store.configs[name].num_virtual_tokens
     if rows is None or columns is None or rows.dim() != 4 or columns.dim() != 4:
-        return {}
+        return None
     if rows.shape[:3] != (1, 3, width) or columns.shape[:2] != (1, 3) or columns.shape[3] != width:
-        return {}
-    made: dict[str | None, Prompt] = {}
-    for key, tensor in (("tb", rows), ("lr", columns)):
-        old = store.part(name, "prompts", key)
-        made[key] = Prompt(*tensor.shape[1:], device=old.weight.device, dtype=old.weight.dtype)
-        made[key].weight.requires_grad_(old.weight.requires_grad)
-    return made
+        return None
+    old = store.parameter(name, "prompts", "tb")
+    made = PromptSet({"tb": tuple(rows.shape[1:]), "lr": tuple(columns.shape[1:])}, device=old.device, dtype=old.dtype)
+    return made.requires_grad_(old.requires_grad)

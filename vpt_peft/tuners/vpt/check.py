@@ -82,11 +82,12 @@ def _compare(encoder: nn.Module, spec: EncoderSpec, index: int) -> str:
 
 def _give_values(store: VPTPromptStore, name: str) -> None:
     """Draw the probe's prompts where the caller makes all parameters on the meta device."""
-    for prompt in store.part(name, "prompts").values():
-        if prompt.weight.is_meta:
+    prompts = store.part(name, "prompts")
+    for key in prompts:
+        if prompts[key].is_meta:
             device, dtype = store.device_and_dtype()
             # Not by setattr, which is what the caller has redirected.
-            prompt._parameters["weight"] = nn.Parameter(torch.randn(prompt.weight.shape, dtype=dtype, device=device))
+            prompts._parameters[key] = nn.Parameter(torch.randn(prompts[key].shape, dtype=dtype, device=device))
 
 
 def _run(

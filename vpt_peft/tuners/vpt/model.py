@@ -26,6 +26,7 @@ from .layer import PromptTunerLayer
 from .mixed import MixedBatch, check_names
 from .modes import set_frozen_eval, set_frozen_eval_outside
 from .plan import check_config, make_roles, prompted_blocks
+from .resting import set_others_aside
 from .store import VPTPromptStore, find_store
 
 
@@ -147,17 +148,31 @@ class VPTModel(BaseTuner):
 
         An adapter that is refused leaves the model and its list of adapters as they were.
         """
+        with set_others_aside(self.model, (*self.active_adapters, adapter_name)):
+            self._inject(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
+
+    def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self._check_name(adapter_name)
         # A copy, since what is found in this model (its head) must not go into the next one with the caller's config.
         self.peft_config[adapter_name] = copy(self.peft_config[adapter_name])
         try:
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             self.peft_config.pop(adapter_name, None)
             if not hasattr(model, "peft_config") and getattr(model, "_hf_peft_config_loaded", False):
                 # transformers' add_adapter sets this before it injects, and would fail at the next try.
                 model._hf_peft_config_loaded = False  # type: ignore[assignment]
             raise
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters the active ones; see `BaseTuner.set_adapter`."""
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        with set_others_aside(self.model, (*self.active_adapters, *names)):
+            super().set_adapter(adapter_name, inference_mode)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        with set_others_aside(self.model, (*self.active_adapters, adapter_name)):
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def _create_and_replace(
         self,
@@ -239,7 +254,7 @@ class VPTModel(BaseTuner):
                 raise ValueError(
                     f"adapter {name!r} has no deep prompts that run as keys and values, so nothing of it is constant."
                 )
-            if safe_merge and not all(p.isfinite().all() for n, p in store.named_parameters() if f".{name}." in n):
+            if safe_merge and not all(p.isfinite().all() for p in store.parameters_of(name).values()):
                 raise ValueError(f"adapter {name!r} holds values that are not finite.")
         for layer in store.layers if store is not None else ():
             layer.merge_prompts(list(names))
@@ -299,7 +314,7 @@ class VPTModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """`prompt_tuner.vpt_prompts.default.3.weight` is stored as `prompt_tuner.vpt_prompts.3.weight`."""
+        """`prompt_tuner.vpt_prompts.default.3` is stored as `prompt_tuner.vpt_prompts.3`."""
         return re.sub(rf"(\.{cls.prefix}[a-z_]+)\.{re.escape(adapter_name)}(?=\.)", r"\1", key)
 
     @classmethod
@@ -307,7 +322,10 @@ class VPTModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Put the adapter's name back and the path of this model's encoder for the one the file was saved under."""
-        path, store = next((n, module) for n, module in model.named_modules() if isinstance(module, VPTPromptStore))
+        store = find_store(model)
+        if store is None:
+            raise ValueError(f"adapter {adapter_name!r}: this model has no prompts that values could be loaded into.")
+        path = next(n for n, module in model.named_modules() if module is store)
         remapped, found = {}, {}
         for key, value in state_dict.items():
             match = re.match(rf"^(?:.*\.)?prompt_tuner\.({cls.prefix}[a-z_]+)\.(.+)$", key)
@@ -329,7 +347,7 @@ def check_fit(store: VPTPromptStore, adapter_name: str, found: dict[str, torch.T
     Raises:
         ValueError: Some are missing, left over or of another shape; all are listed.
     """
-    wanted = {key: tuple(value.shape) for key, value in store.named_parameters() if f".{adapter_name}." in key}
+    wanted = {key: tuple(value.shape) for key, value in store.parameters_of(adapter_name).items()}
     wrong = [f"{key} is missing" for key in wanted if key not in found]
     wrong += [f"{key} has no place" for key in found if key not in wanted]
     wrong += [

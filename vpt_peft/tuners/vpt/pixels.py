@@ -10,7 +10,7 @@ from torch import nn
 from vpt_peft.encoder import submodule
 from vpt_peft.encoder.inputs import IMAGE_INPUTS
 
-from .prompts import Prompt
+from .prompts import PromptSet
 
 
 if TYPE_CHECKING:
@@ -36,17 +36,18 @@ def embed_strip(store: VPTPromptStore, strip: torch.Tensor) -> torch.Tensor:
     return tokens.flatten(2).transpose(1, 2).squeeze(0)
 
 
-def make_prompts(store: VPTPromptStore, config: VPTConfig, like: dict[str, Any]) -> nn.ModuleDict:
+def make_prompts(store: VPTPromptStore, config: VPTConfig, like: dict[str, Any]) -> PromptSet:
     """The frame ("tb": top and bottom rows, "lr": left and right columns) or the extra channels ("0")."""
     height, width = store.spec.image_size or (224, 224)
     count = config.num_virtual_tokens
     if config.prompt_location == "channel":
-        entries = {"0": Prompt(count, height, width, **like)}
+        prompts = PromptSet({"0": (count, height, width)}, **like)
     else:
-        entries = {"tb": Prompt(3, 2 * count, width + 2 * count, **like), "lr": Prompt(3, height, 2 * count, **like)}
-    for entry in entries.values():
-        entry.reset_parameters("unit_interval" if config.init_prompts != "zeros" else "zeros", 1.0)
-    return nn.ModuleDict(entries)
+        prompts = PromptSet({"tb": (3, 2 * count, width + 2 * count), "lr": (3, height, 2 * count)}, **like)
+    prompts.reset_parameters(
+        "unit_interval" if config.init_prompts != "zeros" else "zeros", dict.fromkeys(prompts, 1.0)
+    )
+    return prompts
 
 
 def make_patch_embedding(store: VPTPromptStore, config: VPTConfig, like: dict[str, Any]) -> nn.Conv2d:
@@ -72,7 +73,8 @@ def make_patch_embedding(store: VPTPromptStore, config: VPTConfig, like: dict[st
 
 def frame_images(store: VPTPromptStore, name: str, images: torch.Tensor) -> torch.Tensor:
     """`(batch, 3, height, width)` with the frame of one adapter around it."""
-    frame = {key: prompt().to(images.dtype) for key, prompt in store.part(name, "prompts").items()}
+    prompts = store.part(name, "prompts")
+    frame = {key: prompts(key).to(images.dtype) for key in prompts}
     mean = torch.tensor(IMAGENET_MEAN, dtype=images.dtype, device=images.device).view(3, 1, 1)
     std = torch.tensor(IMAGENET_STD, dtype=images.dtype, device=images.device).view(3, 1, 1)
     rows, columns = ((frame[key] - mean) / std for key in ("tb", "lr"))
@@ -126,7 +128,7 @@ def embed_with_channels(convolution: nn.Module, args: tuple, output: torch.Tenso
     for name in store.active_names():
         if name in store.configs and store.configs[name].prompt_location == "channel":
             images = args[0]
-            channels = store.part(name, "prompts", "0")().to(images.dtype)
+            channels = store.part(name, "prompts")("0").to(images.dtype)
             if channels.shape[-2:] != images.shape[-2:]:
                 raise ValueError(
                     f"prompt_location='channel': images of {images.shape[-2]}x{images.shape[-1]} pixels, but the prompts "

@@ -1,41 +1,74 @@
-"""The modules that own trainable values: each is a leaf with one `weight`, read only by calling it."""
+"""The modules that own trainable values: each is a leaf, read only by calling it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 
-class Prompt(nn.Module):
-    """A set of prompts of any shape: tokens `(prompts, width)`, pixels `(channels, height, width)`.
+class PromptSet(nn.Module):
+    """All prompts of one adapter, a parameter for each block named by its index.
 
-    Calling it returns a copy, not a view: sharding frameworks free the parameter's storage behind a view.
+    One module for all of them, since PEFT walks every module of the model to switch or load an adapter. Calling it
+    returns a copy, not a view: sharding frameworks free the parameter's storage behind a view.
+
+    Args:
+        shapes: For each name the shape: tokens `(prompts, width)` or pixels `(channels, height, width)`.
     """
 
-    def __init__(self, *shape: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        for key, shape in shapes.items():
+            self.register_parameter(key, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
 
-    def reset_parameters(self, method: str, bound: float) -> None:
+    def __getitem__(self, key: str) -> nn.Parameter:
+        return self.get_parameter(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The first parameter: PEFT's wrapping policy for sharding knows trained leaves by their `weight`."""
+        return self[next(iter(self))]
+
+    def reset_parameters(self, method: str, bounds: Mapping[str, float]) -> None:
         """Draw the values: "xavier_uniform" in ±bound, "normal" with deviation bound / sqrt(3), "zeros", "unit"."""
-        if method == "zeros":
-            nn.init.zeros_(self.weight)
-        elif method == "normal":
-            nn.init.normal_(self.weight, std=bound / math.sqrt(3.0))
-        elif method == "unit_interval":
-            nn.init.uniform_(self.weight, 0.0, 1.0)
-        elif method == "unit_normal":
-            nn.init.normal_(self.weight)
-        else:
-            nn.init.uniform_(self.weight, -bound, bound)
+        for key, bound in bounds.items():
+            if method == "zeros":
+                nn.init.zeros_(self[key])
+            elif method == "normal":
+                nn.init.normal_(self[key], std=bound / math.sqrt(3.0))
+            elif method == "unit_interval":
+                nn.init.uniform_(self[key], 0.0, 1.0)
+            elif method == "unit_normal":
+                nn.init.normal_(self[key])
+            else:
+                nn.init.uniform_(self[key], -bound, bound)
 
-    def forward(self) -> torch.Tensor:
-        return self.weight.clone()
+    def forward(self, key: str) -> torch.Tensor:
+        return self[key].clone()
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str], *rest: Any
+    ) -> None:
+        if state_dict:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
+        else:
+            # Another adapter's file is loaded: there is no need to look at each parameter of this one.
+            missing_keys.extend(prefix + key for key in self)
 
     def extra_repr(self) -> str:
-        return "x".join(map(str, self.weight.shape))
+        return ", ".join(f"{key}: {'x'.join(map(str, self[key].shape))}" for key in self)
 
 
 class ScalarGate(nn.Module):

@@ -8,6 +8,8 @@ from inspect import signature
 from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from vpt_peft.encoder import EncoderSpec, submodule
@@ -19,7 +21,7 @@ from .layer import PromptTunerLayer, VPTLayer
 from .modes import freeze_modes, is_checkpointing, is_reentrant
 from .plan import make_roles, prompted_blocks
 from .pooling import attach_pooling, detach_pooling
-from .prompts import ElementwiseGate, Prompt, ScalarGate, Temperature
+from .prompts import ElementwiseGate, PromptSet, ScalarGate, Temperature
 
 
 PARTS = ("prompts", "projection", "patch_embedding", "gates", "temperatures")
@@ -110,6 +112,11 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
         entry: Any = container[name]
         return entry if key is None else (entry[key] if key in entry else None)
 
+    def parameter(self, name: str, part: str, key: str) -> nn.Parameter:
+        """The parameter that one part of an adapter has for block `key`."""
+        entry = self.part(name, part, key)
+        return entry if isinstance(entry, nn.Parameter) else entry.weight
+
     def update_layer(self, name: str, config: VPTConfig) -> None:
         """Make everything trainable of adapter `name`, on the device and in the dtype of the encoder."""
         self.configs[name] = config
@@ -117,12 +124,11 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
         device, dtype = self.device_and_dtype()
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         own = prompted_blocks(config, self.spec)
-        entries = nn.ModuleDict()
-        for index in own[:1] if config.share_prompts else own:
-            entries[str(index)] = self._make_prompt(config, index, like)
         if config.prompt_location in ("pad", "channel"):
-            entries = pixels.make_prompts(self, config, like)
-        self.container(name, "prompts")[name] = entries
+            prompts = pixels.make_prompts(self, config, like)
+        else:
+            prompts = self._make_prompts(config, own[:1] if config.share_prompts else own, like)
+        self.container(name, "prompts")[name] = prompts
         self._make_projection(name, config, own, like)
         if config.prompt_location == "channel":
             self.container(name, "patch_embedding")[name] = pixels.make_patch_embedding(self, config, like)
@@ -143,19 +149,19 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
         for layer, role in zip(self.layers, roles, strict=True):
             layer.roles[name] = role
 
-    def _make_prompt(self, config: VPTConfig, index: int, like: dict[str, Any]) -> Prompt:
-        block = self.spec.blocks[index]
-        patch = self.patch_values()
-        if config.prompt_location == "prepend_pixel":
-            prompt = Prompt(*pixels.strip_shape(self, config), **like)
-            bound = math.sqrt(6.0 / (patch + block.width))
-        else:
+    def _make_prompts(self, config: VPTConfig, blocks: list[int], like: dict[str, Any]) -> PromptSet:
+        shapes: dict[str, tuple[int, ...]] = {}
+        bounds: dict[str, float] = {}
+        for index in blocks:
+            block, key = self.spec.blocks[index], str(index)
             width = config.projection_dim or block.width
             count = {"add": block.tokens, "add_shared": 1}.get(config.prompt_location, config.num_virtual_tokens)
-            prompt = Prompt(count, width, **like)
-            bound = math.sqrt(6.0 / (patch + width))
-        prompt.reset_parameters(config.init_prompts if config.init_weights else "unit_normal", bound)
-        return prompt
+            as_pixels = config.prompt_location == "prepend_pixel"
+            shapes[key] = pixels.strip_shape(self, config) if as_pixels else (count, width)
+            bounds[key] = math.sqrt(6.0 / (self.patch_values() + width))
+        prompts = PromptSet(shapes, **like)
+        prompts.reset_parameters(config.init_prompts if config.init_weights else "unit_normal", bounds)
+        return prompts
 
     def _make_projection(self, name: str, config: VPTConfig, own: list[int], like: dict[str, Any]) -> None:
         if not config.projection_dim and not config.project_patches:
@@ -177,6 +183,15 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
             return 3 * 16 * 16
         convolution: Any = submodule(self.encoder, self.spec.patch_embedding)
         return 3 * math.prod(convolution.kernel_size[-2:])
+
+    def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
+        """The parameters of one adapter, named as in `named_parameters()`."""
+        return {
+            f"{container}.{name}.{key}": parameter
+            for container in self.adapter_layer_names
+            if name in getattr(self, container)
+            for key, parameter in getattr(self, container)[name].named_parameters()
+        }
 
     def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Where the encoder's first floating-point parameter lives; quantised weights are integers and are passed over."""
@@ -201,7 +216,7 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
     def prompts(self, name: str, key: str | None, rows: int) -> torch.Tensor:
         """Prompts of one adapter, projected and with dropout drawn per image: `(1, prompts, width)`, or `(rows, ...)`."""
         config = self.configs[name]
-        prompts = self.part(name, "prompts", key)()
+        prompts = self.part(name, "prompts")(key)
         if config.prompt_location == "prepend_pixel":
             prompts = pixels.embed_strip(self, prompts)
         projection = self.part(name, "projection")
@@ -286,4 +301,10 @@ def enter_encoder(encoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tu
 
 def find_store(model: nn.Module) -> VPTPromptStore | None:
     """The prompt store inside `model`, if prompts are attached."""
+    root: Any = model
+    while isinstance(root, PeftModel | BaseTuner):
+        root = root.base_model if isinstance(root, PeftModel) else root.model
+    store = root._modules.get("prompt_tuner")
+    if isinstance(store, VPTPromptStore):
+        return store
     return next((module for module in model.modules() if isinstance(module, VPTPromptStore)), None)
