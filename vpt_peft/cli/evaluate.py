@@ -7,14 +7,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .options import add_adapter_options
+from .options import add_adapter_options, need_training, prepare_output_file
 
 
 def run(argv: Sequence[str]) -> int:
     """Evaluate on the data the adapter was trained on, or on what the data flags say; print the metrics as JSON."""
+    need_training()
     from ..training.arguments import FlagParser, from_record
     from ..training.data import DataArguments
-    from ..training.inference import evaluate_model, load_adapter_model, local_folder, read_record
+    from ..training.inference import evaluate_model, load_adapter_model, local_folder, move_to, read_record
     from ..training.output import write_json
 
     parser = FlagParser(
@@ -27,10 +28,11 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--output_file", help="also write the metrics to this .json file")
     own = parser.parse_args(list(argv))
 
+    prepare_output_file(own.output_file)
     folder = local_folder(own.adapter, own.revision, own.subfolder, own.token, own.cache_dir)
     data = from_record(DataArguments, {**read_record(folder), **vars(own)})
     model, processor = load_adapter_model(folder, own.base_model, token=own.token, cache_dir=own.cache_dir)
-    metrics = evaluate_model(model.to(own.device), processor, data, own.split, own.batch_size, own.token)
+    metrics = evaluate_model(move_to(model, own.device), processor, data, own.split, own.batch_size, own.token)
     if own.output_file is not None:
         write_json(Path(own.output_file), metrics)
     json.dump(metrics, sys.stdout, indent=2)

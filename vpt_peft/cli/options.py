@@ -2,7 +2,39 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
+from importlib.util import find_spec
+from pathlib import Path
+
+
+def positive(text: str) -> int:
+    """A whole number of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def need_training() -> None:
+    """Check that what the extra `train` installs is there.
+
+    Raises:
+        ModuleNotFoundError: something is not; it is named with the remedy.
+    """
+    missing = [name for name in ("datasets", "evaluate", "sklearn", "PIL", "yaml") if find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(f"this needs {', '.join(missing)}: pip install 'vpt_peft[train]'.")
+
+
+def prepare_output_file(path: str | None) -> None:
+    """Make the folder of a file that is written when the work is done, so that the work is not lost then.
+
+    Raises:
+        OSError: the path is a folder, or its folder cannot be made.
+    """
+    if path is not None:
+        if Path(path).is_dir():
+            raise IsADirectoryError(f"output_file={path!r} is a folder; name a file.")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
 def add_adapter_options(parser: ArgumentParser) -> None:
@@ -13,5 +45,5 @@ def add_adapter_options(parser: ArgumentParser) -> None:
     parser.add_argument("--subfolder", help="folder inside the Hub repository")
     parser.add_argument("--token", help="Hub token")
     parser.add_argument("--cache_dir", help="where Hub downloads are kept")
-    parser.add_argument("--batch_size", type=int, default=64, help="images per forward pass")
+    parser.add_argument("--batch_size", type=positive, default=64, help="images per forward pass")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")

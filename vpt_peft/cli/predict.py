@@ -7,11 +7,12 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from .options import add_adapter_options
+from .options import add_adapter_options, need_training, prepare_output_file
 
 
 def run(argv: Sequence[str]) -> int:
     """Print (or write) one row per image: the best labels with their probabilities."""
+    need_training()
     parser = ArgumentParser(prog="vpt-peft predict", description="Predict images to a table.", allow_abbrev=False)
     add_adapter_options(parser)
     parser.add_argument("images", nargs="+", help="image files, or folders that are searched for images")
@@ -26,20 +27,23 @@ def run(argv: Sequence[str]) -> int:
         label_names,
         load_adapter_model,
         local_folder,
+        move_to,
         predict_images,
         read_record,
     )
+    from ..training.output import write_whole
 
+    prepare_output_file(own.output_file)
     paths = find_images(own.images)
     folder = local_folder(own.adapter, own.revision, own.subfolder, own.token, own.cache_dir)
     model, processor = load_adapter_model(folder, own.base_model, token=own.token, cache_dir=own.cache_dir)
     top_k = own.top_k or len(label_names(model))
     augmentation = read_record(folder).get("augmentation", "none")
-    rows = predict_images(model.to(own.device), processor, paths, top_k, own.batch_size, augmentation)
+    rows = predict_images(move_to(model, own.device), processor, paths, top_k, own.batch_size, augmentation)
     kind = own.format or ("json" if str(own.output_file).endswith(".json") else "csv")
     table = as_table(rows, kind)
     if own.output_file is None:
         sys.stdout.write(table)
     else:
-        Path(own.output_file).write_text(table, encoding="utf-8")
+        write_whole(Path(own.output_file), table)
     return 0 if any(row["predictions"] for row in rows) else 2

@@ -5,9 +5,12 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from collections.abc import Sequence
 
+from .options import need_training
+
 
 def run(argv: Sequence[str]) -> int:
     """Upload a folder and print the commit's URL."""
+    need_training()
     parser = ArgumentParser(prog="vpt-peft push", description="Upload an adapter to the Hub.", allow_abbrev=False)
     parser.add_argument("folder", help="output folder of a training, or any PEFT adapter folder")
     parser.add_argument("repo_id", help="user/name on the Hub")

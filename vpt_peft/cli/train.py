@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .options import need_training
+
 
 def run(argv: Sequence[str]) -> int:
     """Train as the flags say and print what came out."""
+    need_training()
     from ..training.arguments import parse_args
     from ..training.train import train
 

@@ -105,7 +105,7 @@ def _check_output(output_dir: Path, overwrite: bool) -> None:
     present = {entry.name for entry in output_dir.iterdir()} if output_dir.exists() else set()
     if present and not overwrite:
         raise FileExistsError(
-            f"output_dir={str(output_dir)!r} is not empty; name a new folder, or pass overwrite=True to replace it."
+            f"output_dir={str(output_dir)!r} is not empty; name a new folder, or pass overwrite=True to replace it (--overwrite)."
         )
     if foreign := sorted(present - WRITTEN_FILES):
         raise FileExistsError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -23,6 +24,8 @@ MethodName = Literal[
     "vpt", "vpt_shallow", "gated_vpt", "linear", "full", "partial", "mlp", "bias", "adapter", "sidetune", "lora"
 ]
 METHODS: tuple[str, ...] = get_args(MethodName)
+# What an evaluation measures, and the best weights can be chosen by
+METRICS = ("accuracy", "macro_f1", "loss")
 # Neither secrets nor where this run writes belong into the record of a run.
 _NOT_RECORDED = ("token", "hub_token", "output_dir", "resume_from_checkpoint", "overwrite_output_dir")
 
@@ -114,8 +117,8 @@ class MethodArguments:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name}={value} must not be negative.")
-        if self.feature_cache_limit_gb <= 0:
-            raise ValueError(f"feature_cache_limit_gb={self.feature_cache_limit_gb} must be above 0.")
+        if not 0 < self.feature_cache_limit_gb < math.inf:
+            raise ValueError(f"feature_cache_limit_gb={self.feature_cache_limit_gb} must be a number above 0.")
         self._refuse_foreign_fields()
 
     def _refuse_foreign_fields(self) -> None:
@@ -168,13 +171,35 @@ class VPTTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave NaN losses out of the log."})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        self._check_values()
+        try:
+            super().__post_init__()
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{error.doc!r} is not valid JSON ({error}); flags such as lr_scheduler_kwargs and accelerator_config "
+                'take a mapping, as in {"num_cycles": 2}.'
+            ) from error
         missing = set(self.report_to) - set(get_available_reporting_integrations()) if self.report_to else None
         if missing:
             names = ", ".join(sorted(missing))
             raise ValueError(
                 f"report_to={names!r} needs a package that is not installed; pip install it, or use 'none'."
             )
+
+    def _check_values(self) -> None:
+        """What transformers would find out after minutes of work, or never."""
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.max_steps <= 0 and not 0 < self.num_train_epochs < math.inf:
+            raise ValueError(f"num_train_epochs={self.num_train_epochs} must be above 0; or give max_steps.")
+        if str(self.metric_for_best_model).removeprefix("eval_") not in METRICS:
+            raise ValueError(
+                f"metric_for_best_model={self.metric_for_best_model!r} is not measured; choose one of "
+                f"{', '.join(METRICS)}."
+            )
+        if self.optim_args and not all("=" in part for part in self.optim_args.split(",")):
+            raise ValueError(f"optim_args={self.optim_args!r} must look like momentum=0.9,nesterov=true.")
 
 
 class Arguments(NamedTuple):
@@ -216,14 +241,8 @@ def parse_args(argv: Sequence[str] | Mapping[str, Any]) -> Arguments:
         ValueError: an unknown flag, a value of the wrong type or outside its range, an unreadable file.
         SystemExit: `--help` was asked for.
     """
-    classes = (ModelArguments, DataArguments, MethodArguments, VPTTrainingArguments)
-    if isinstance(argv, Mapping):
-        tokens = _as_flags(argv)
-    elif argv and Path(argv[0]).suffix in (".json", ".yaml", ".yml"):
-        tokens = [*_as_flags(_read_file(Path(argv[0]))), *argv[1:]]
-    else:
-        tokens = list(argv)
-    parser = FlagParser(classes, prog="vpt-peft train")
+    tokens = as_tokens(argv)
+    parser = train_parser("vpt-peft train")
     if "-h" in tokens or "--help" in tokens:
         parser.print_help()
         raise SystemExit(0)
@@ -238,6 +257,20 @@ def parse_args(argv: Sequence[str] | Mapping[str, Any]) -> Arguments:
     return Arguments(model, data, method, training, given)
 
 
+def train_parser(prog: str) -> FlagParser:
+    """The parser of all that a training run can be told."""
+    return FlagParser((ModelArguments, DataArguments, MethodArguments, VPTTrainingArguments), prog=prog)
+
+
+def as_tokens(argv: Sequence[str] | Mapping[str, Any]) -> list[str]:
+    """The flags of a command line, of a .json/.yaml file that stands first in it, or of a mapping."""
+    if isinstance(argv, Mapping):
+        return _as_flags(argv)
+    if argv and Path(argv[0]).suffix in (".json", ".yaml", ".yml"):
+        return [*_as_flags(_read_file(Path(argv[0]))), *argv[1:]]
+    return list(argv)
+
+
 def from_record(dataclass_type: type, record: Mapping[str, Any]) -> Any:
     """Build one of the argument dataclasses from a run's record, ignoring the other classes' values."""
     names = {item.name for item in fields(dataclass_type)}
@@ -245,10 +278,10 @@ def from_record(dataclass_type: type, record: Mapping[str, Any]) -> Any:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is not valid {path.suffix[1:]}: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold one mapping of flag names to values, not {type(values).__name__}.")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .arguments import Arguments
 from .methods import EMBEDDED, ParameterCounts
+from .output import write_whole
 from .recipes import PROMPT_METHODS
 
 
@@ -73,10 +73,24 @@ def build_card(facts: RunFacts, adapter: str) -> ModelCard:
 def write_card(facts: RunFacts, folder: str | Path) -> Path:
     """Write README.md into `folder`, whole or not at all, and return its path."""
     path = Path(folder) / "README.md"
-    beside = path.with_name(".README.md.new")
-    beside.write_text(build_card(facts, str(folder)).content, encoding="utf-8")
-    os.replace(beside, path)
+    write_whole(path, build_card(facts, str(folder)).content)
     return path
+
+
+def add_test_results(folder: str | Path, metrics: Mapping[str, float]) -> None:
+    """Add `test_accuracy` and `test_macro_f1` to the card of a run that was tested later, whole or not at all."""
+    path = Path(folder) / "README.md"
+    card = ModelCard.load(path)
+    known = card.data.eval_results or []
+    rows = ""
+    for name, (kind, title) in _METRICS.items():
+        value = float(metrics[f"test_{name}"])
+        rows += f"| test | {title} | {100 * value:.2f} % |\n"
+        validated = next(result for result in known if result.metric_type == kind)
+        known = [*known, replace(validated, dataset_split="test", metric_value=round(value, 4))]
+    card.data.eval_results = known
+    text = card.text.replace("\n\nTrained parameters:", f"\n{rows}\nTrained parameters:", 1)
+    write_whole(path, ModelCard(f"---\n{card.data.to_yaml()}\n---\n{text}").content)
 
 
 def retarget(card: str, adapter: str) -> str:

@@ -15,6 +15,7 @@ import datasets
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, EvalPrediction
 
@@ -86,6 +87,7 @@ def load_adapter_model(
         ValueError: the folder holds no adapter, or weights that do not fit the backbone.
     """
     folder = local_folder(path_or_id, revision, subfolder, token, cache_dir)
+    check_files(folder)
     source = {"token": token, "cache_dir": cache_dir}
     spec = read_baseline_spec(folder)
     model: Classifier
@@ -99,7 +101,14 @@ def load_adapter_model(
         config = PeftConfig.from_pretrained(str(folder))
         backbone = ModelArguments(base_model or config.base_model_name_or_path, config.revision, **source)
         base = load_backbone(backbone, _labels(folder, backbone))
-        model = PeftModel.from_pretrained(base, str(folder))
+        try:
+            model = PeftModel.from_pretrained(base, str(folder))
+        except RuntimeError as error:
+            raise ValueError(
+                f"the weights in {str(path_or_id)!r} do not fit the backbone {backbone.model_name_or_path!r} with "
+                f"{base.config.num_labels} labels: {str(error).splitlines()[-1].strip()} Check base_model, and that "
+                "the folder has its config.json with the labels."
+            ) from error
     elif spec.method == "full":
         backbone = ModelArguments(base_model or spec.base_model_name_or_path, spec.revision, **source)
         model = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32)
@@ -110,6 +119,46 @@ def load_adapter_model(
     has_processor = (folder / "preprocessor_config.json").is_file() or (folder / "processor_config.json").is_file()
     processor = AutoImageProcessor.from_pretrained(folder) if has_processor else load_image_processor(backbone)
     return model.eval(), processor
+
+
+def check_files(folder: Path) -> None:
+    """Read every JSON file and the head of every weights file, so that a damaged one is named.
+
+    Raises:
+        FileNotFoundError: there is an adapter_config.json, but no weights.
+        ValueError: a file is damaged.
+    """
+    for path in sorted(folder.glob("*.json")):
+        _parse(path)
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); download it again, or repeat the training.") from error
+    if (folder / "adapter_config.json").is_file() and not any(folder.glob("adapter_model.*")):
+        raise FileNotFoundError(f"{folder} has an adapter_config.json, but no adapter_model.safetensors beside it.")
+
+
+def _parse(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); download it again, or repeat the training.") from error
+
+
+def move_to(model: Classifier, device: str) -> Classifier:
+    """Move the model to a device and return it.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    try:
+        return model.to(device)  # type: ignore[arg-type, return-value]
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device={device!r} cannot be used ({str(error).splitlines()[0]}); cpu always can."
+        ) from error
 
 
 def _labels(folder: Path, backbone: ModelArguments) -> dict[int, str]:
@@ -126,7 +175,7 @@ def _labels(folder: Path, backbone: ModelArguments) -> dict[int, str]:
 def read_record(folder: str | Path) -> dict[str, Any]:
     """The arguments a folder was trained with, or {} where they are not known."""
     path = Path(folder) / RUN_RECORD
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return _parse(path) if path.is_file() else {}
 
 
 def evaluate_model(

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,12 +65,31 @@ def load_image_processor(model_args: ModelArguments) -> Any:
     Raises:
         OSError: there is no such model, or it comes without an image processor.
     """
-    return AutoImageProcessor.from_pretrained(
-        resolve_model_path(model_args.model_name_or_path),
-        revision=model_args.model_revision or "main",
-        cache_dir=model_args.cache_dir,
-        token=model_args.token,
-    )
+    with _named(model_args):
+        return AutoImageProcessor.from_pretrained(
+            resolve_model_path(model_args.model_name_or_path),
+            revision=model_args.model_revision or "main",
+            cache_dir=model_args.cache_dir,
+            token=model_args.token,
+        )
+
+
+@contextmanager
+def _named(model_args: ModelArguments) -> Iterator[None]:
+    """Say which model cannot be loaded, and what helps."""
+    try:
+        yield
+    except OSError as error:
+        name, why = model_args.model_name_or_path, " ".join(str(error).split())
+        if Path(name).is_dir():
+            raise OSError(f"model_name_or_path={name!r}: the folder cannot be used ({why}).") from error
+        where = f" at revision {model_args.model_revision!r}" if model_args.model_revision else ""
+        raise OSError(
+            f"model_name_or_path={name!r}{where}: no such folder here, and the Hub did not give it ({why}). Check the "
+            "id and the revision. If the model is private or gated, HF_TOKEN must hold a token that may read it. "
+            "Without a network, use a model that is in the cache already (HF_HUB_OFFLINE=1 stops the retries), a local "
+            "folder, or 'embedded'."
+        ) from error
 
 
 def load_backbone(model_args: ModelArguments, id2label: Mapping[int, str]) -> PreTrainedModel:
@@ -88,12 +108,13 @@ def load_backbone(model_args: ModelArguments, id2label: Mapping[int, str]) -> Pr
         "cache_dir": model_args.cache_dir,
         "token": model_args.token,
     }
-    config = AutoConfig.from_pretrained(path, **source)
+    with _named(model_args):
+        config = AutoConfig.from_pretrained(path, **source)
     loader: Any = AutoModelForImageClassification
     if config.model_type == "vit_mae":
         config, loader = ViTConfig.from_dict({**config.to_dict(), "model_type": "vit"}), ViTForImageClassification
     config.id2label, config.label2id = labels, {name: index for index, name in labels.items()}
-    with _quiet_loading():
+    with _quiet_loading(), _named(model_args):
         model, info = loader.from_pretrained(
             path, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **source
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -13,6 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
 from .arguments import VPTTrainingArguments
 
 
@@ -20,6 +24,10 @@ logger = logging.getLogger(__name__)
 
 # The arguments of the run; also the mark by which a folder is known as ours
 RUN_RECORD = "training_config.json"
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+# Of safetensors, then of torch.save
+_WRITE_SIGNS = ("Error while serializing", "PytorchStreamWriter", "file write failed", "unexpected pos")
+_LOCK = ".lock"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Without one of these a folder of ours holds nothing that could be lost
 _RESULTS = ("adapter_model.safetensors", "vpt_peft_baseline.json", "all_results.json")
@@ -41,6 +49,8 @@ def last_checkpoint(folder: str | Path) -> Path | None:
 
 def prepare_output_dir(training: VPTTrainingArguments) -> Path | None:
     """Check the output folder before anything is computed; return the checkpoint to resume from, or None.
+
+    Nothing is written or removed yet; that is for `claim_output_dir`.
 
     `resume_from_checkpoint` may be a folder, or "true" / "last" for the newest complete checkpoint in output_dir.
 
@@ -67,11 +77,39 @@ def prepare_output_dir(training: VPTTrainingArguments) -> Path | None:
                 "--resume_from_checkpoint last to go on with it, --overwrite_output_dir to replace it, or give "
                 "another folder."
             )
-        # Old checkpoints would be taken for those of this run when the oldest are removed
-        for path in folder.glob("checkpoint-*"):
-            if _CHECKPOINT.fullmatch(path.name):
-                shutil.rmtree(path)
     return None
+
+
+@contextmanager
+def claim_output_dir(training: VPTTrainingArguments, record: Mapping[str, Any]) -> Iterator[Path]:
+    """Make the output folder this run's: no other can write to it in the block, and `record` is in it.
+
+    Without resuming, checkpoints of an earlier run go, as they would be taken for this run's.
+
+    Raises:
+        FileExistsError: another run is writing to the folder.
+        OSError: the folder cannot be written to.
+    """
+    folder = Path(training.output_dir or ".")
+    folder.mkdir(parents=True, exist_ok=True)
+    # The system frees the lock of a process that is killed
+    lock = FileLock(folder / _LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise FileExistsError(
+            f"output_dir={str(folder)!r}: another run is writing to it; wait for it, or give another folder."
+        ) from None
+    try:
+        if training.resume_from_checkpoint is None:
+            for path in folder.glob("checkpoint-*"):
+                if _CHECKPOINT.fullmatch(path.name):
+                    shutil.rmtree(path)
+        write_json(folder / RUN_RECORD, record)
+        yield folder
+    finally:
+        (folder / _LOCK).unlink(missing_ok=True)
+        lock.release()
 
 
 def _resume_point(folder: Path, wanted: str) -> Path:
@@ -92,12 +130,39 @@ def _resume_point(folder: Path, wanted: str) -> Path:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
+    write_whole(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        beside.write_text(text, encoding="utf-8")
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def full_disk_explained(folder: str | Path) -> Iterator[None]:
+    """Turn what the libraries raise when they cannot write into one error that says how to go on.
+
+    Raises:
+        OSError: something could not be written; complete checkpoints and earlier results are whole.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        is_file_error = isinstance(error, OSError) and error.errno in _CANNOT_WRITE
+        if not is_file_error and not any(sign in str(error) for sign in _WRITE_SIGNS):
+            raise
+        checkpoint = last_checkpoint(folder)
+        onward = (
+            f"{checkpoint} is complete: go on with --resume_from_checkpoint last."
+            if checkpoint
+            else "No checkpoint is complete; start again with --overwrite_output_dir."
+        )
+        raise OSError(f"{folder} cannot be written to ({error}). Make room there. {onward}") from error
 
 
 @contextmanager

@@ -14,6 +14,9 @@ from transformers import Trainer
 from .methods import ParameterCounts
 
 
+_TURNS = 3
+
+
 @dataclass(frozen=True)
 class StepCost:
     """One measured training step of `images` images.
@@ -31,9 +34,10 @@ class StepCost:
     activation_bytes: int
 
 
-def measure_step(trainer: Trainer, images: int = 4) -> StepCost:
-    """Run a forward and backward pass of a few training images twice and measure the second, warm one.
+def measure_step(trainer: Trainer, images: int = 8) -> StepCost:
+    """Read a few training images and run a forward and backward pass of them; the fastest of some warm turns counts.
 
+    A first turn opens files and picks kernels, and others may be disturbed; the fastest is nearest to a long run.
     Gradients, buffers and random states are put back, so training itself is not changed by it.
     """
     model: Any = trainer.model
@@ -41,12 +45,13 @@ def measure_step(trainer: Trainer, images: int = 4) -> StepCost:
     images = min(images, trainer.args.per_device_train_batch_size, len(dataset))
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     was_training = model.training
+    load_times, step_times = [], []
     with torch.random.fork_rng():
-        start = time.perf_counter()
-        batch = trainer.data_collator([dataset[index] for index in range(images)])
-        load_seconds = time.perf_counter() - start
         model.train()
-        for _ in range(2):
+        for _ in range(_TURNS):
+            start = time.perf_counter()
+            batch = trainer.data_collator([dataset[index] for index in range(images)])
+            load_times.append(time.perf_counter() - start)
             _synchronize(trainer.args.device)
             start = time.perf_counter()
             inputs = {name: value.to(trainer.args.device) for name, value in batch.items()}
@@ -54,13 +59,13 @@ def measure_step(trainer: Trainer, images: int = 4) -> StepCost:
                 loss = model(**inputs).loss
             loss.backward()
             _synchronize(trainer.args.device)
-            step_seconds = time.perf_counter() - start
+            step_times.append(time.perf_counter() - start)
             model.zero_grad(set_to_none=True)
     model.train(was_training)
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
-    return StepCost(images, load_seconds, step_seconds, saved.total)
+    return StepCost(images, min(load_times[1:]), min(step_times[1:]), saved.total)
 
 
 class SavedBytes:

@@ -23,7 +23,7 @@ from .features import Cut, FeatureFeed, find_cut
 from .hub import push_adapter
 from .methods import build_model, check_trainable, load_image_processor
 from .metrics import compute_metrics, preprocess_logits_for_metrics
-from .output import RUN_RECORD, last_checkpoint, prepare_output_dir, write_json, written_beside
+from .output import claim_output_dir, full_disk_explained, last_checkpoint, prepare_output_dir, written_beside
 from .recipes import PROMPT_METHODS
 from .report import describe_run, measure_step
 from .saving import save_trained
@@ -35,12 +35,16 @@ from .transforms import build_transform, collate_fn
 logger = logging.getLogger(__name__)
 
 
-def train(arguments: Arguments) -> dict[str, float]:
+def train(arguments: Arguments, with_test: bool = True) -> dict[str, float]:
     """Train, evaluate and save one adapter (or baseline) as `arguments` say, and return all metrics.
 
     `output_dir` then holds the best weights, the image processor, `config.json` with the label names, the card,
     `train_results.json`, `eval_results.json`, `test_results.json` where there is a test split, `all_results.json`, and
     `training_config.json`, which repeats the run. Under `accelerate launch` only the main process writes.
+
+    Args:
+        arguments: as parsed.
+        with_test: evaluate on the test split too; left out where runs are still chosen among.
 
     Raises:
         ValueError: the arguments do not fit the model or the data; nothing was written.
@@ -58,6 +62,8 @@ def train(arguments: Arguments) -> dict[str, float]:
     set_seed(training.seed)
     with training.main_process_first(desc="reading the data"):
         splits = load_image_dataset(data_args, token=model_args.token, cache_dir=model_args.cache_dir)
+    if not with_test:
+        splits.pop("test", None)
     labels = dict(enumerate(splits["train"].features["label"].names))
     processor = load_image_processor(model_args)
     rows = {
@@ -75,11 +81,10 @@ def train(arguments: Arguments) -> dict[str, float]:
     if method.init_method is not None:
         start_prompts(model, rows["train"], method, training)
     output_dir = Path(training.output_dir or ".")
-    if state.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(output_dir / RUN_RECORD, arguments.record())
-
     with contextlib.ExitStack() as feed:
+        if state.is_main_process:
+            feed.enter_context(claim_output_dir(training, arguments.record()))
+        feed.enter_context(full_disk_explained(output_dir))
         inputs, collate = dict(rows), collate_fn
         if cut is not None:
             model.to(training.device)  # type: ignore[arg-type]

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from huggingface_hub.errors import HTTPError
+from transformers import (
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from .arguments import MethodArguments, VPTTrainingArguments
@@ -33,6 +41,39 @@ class FiniteEvaluation(TrainerCallback):
             raise TrainingDiverged(f"the evaluation loss is {loss} after step {state.global_step}")
 
 
+class ReadableProgress(ProgressCallback):
+    """transformers' progress bar, with a line of words per log in place of a dict, and no bars left of evaluations."""
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
+        if self.prediction_bar is not None:
+            self.prediction_bar.leave = False
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # The totals at the end are the program's to tell
+        if not logs or "train_runtime" in logs or self.training_bar is None:
+            return
+        values = {name.removeprefix("eval_"): value for name, value in logs.items()}
+        shown = [f"{n.replace('_', ' ')} {values[n]:.4g}" for n in ("loss", "accuracy", "macro_f1") if n in values]
+        kind = "validation" if any(name.startswith("eval_") for name in logs) else "training"
+        if shown:
+            self.training_bar.write(f"epoch {logs.get('epoch', 0.0):g}, {kind}: {', '.join(shown)}")
+
+
 class VPTTrainer(Trainer):
     """Trainer for models of `build_model`.
 
@@ -48,6 +89,23 @@ class VPTTrainer(Trainer):
         super().__init__(**kwargs)
         self.method = method
         self.add_callback(FiniteEvaluation())
+        if not self.args.disable_tqdm and self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(ReadableProgress())
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """Make the Hub repository before anything is trained.
+
+        Raises:
+            OSError: the Hub cannot be reached or refuses; the message says how to go on.
+        """
+        try:
+            super().init_hf_repo(*args, **kwargs)
+        except (OSError, HTTPError) as error:
+            raise OSError(
+                f"push_to_hub: the repository cannot be made ({str(error).strip().splitlines()[0]}); nothing was "
+                "trained. Check the network, hub_model_id and the token (hf auth login, or hub_token), or train "
+                "without push_to_hub and then run: vpt-peft push <output_dir> <user/name>"
+            ) from error
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer `args.optim` names, over prompts, head and rest with rates of their own."""

@@ -1,0 +1,128 @@
+"""Damaged files, flags out of range and places that cannot be used: one line that names the culprit."""
+
+import json
+
+import pytest
+
+from vpt_peft.cli.main import main
+from vpt_peft.cli.options import need_training
+
+
+pytest_plugins = ["training_fixtures"]
+
+
+@pytest.fixture
+def adapter(run):
+    def make(method):
+        return run(method=method, max_steps=1)[1]
+
+    return make
+
+
+def last_line(capsys):
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        ("vpt", "adapter_model.safetensors"),
+        ("vpt", "adapter_config.json"),
+        ("vpt", "config.json"),
+        ("vpt", "preprocessor_config.json"),
+        ("vpt", "training_config.json"),
+        ("linear", "vpt_peft_baseline.safetensors"),
+        ("linear", "vpt_peft_baseline.json"),
+        ("full", "model.safetensors"),
+    ],
+)
+def test_damaged_files_are_named(adapter, capsys, method, name):
+    out = adapter(method)
+    whole = (out / name).read_bytes()
+    for part in (whole[: len(whole) // 2], b""):
+        (out / name).write_bytes(part)
+        assert main(["evaluate", str(out)]) == 2
+        assert f"{out / name} is damaged" in last_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("adapter_model.safetensors", "no adapter_model.safetensors beside it"),
+        ("config.json", "with 5 labels: size mismatch"),
+        ("adapter_config.json", "holds no adapter_config.json"),
+    ],
+)
+def test_missing_files_are_named(adapter, capsys, name, message):
+    out = adapter("vpt")
+    (out / name).unlink()
+    assert main(["evaluate", str(out)]) == 2
+    assert message in last_line(capsys)
+
+
+def test_output_files_are_checked_before_the_work(adapter, capsys, tmp_path, monkeypatch):
+    out = adapter("linear")
+    table = tmp_path / "deep" / "er" / "metrics.json"
+    assert main(["evaluate", str(out), "--output_file", str(table)]) == 0
+    assert json.loads(table.read_text())["samples"] == 50
+    monkeypatch.setattr("vpt_peft.training.inference.load_adapter_model", lambda *_, **__: pytest.fail("loaded"))
+    for command in (["evaluate", str(out)], ["predict", str(out), str(tmp_path)]):
+        assert main([*command, "--output_file", str(tmp_path)]) == 2
+        assert "is a folder; name a file" in last_line(capsys)
+
+
+@pytest.mark.parametrize("device", ["tpu9", "cuda:99"])
+def test_devices_that_are_not_there(adapter, capsys, device):
+    assert main(["evaluate", str(adapter("linear")), "--device", device]) == 2
+    assert f"device={device!r} cannot be used" in last_line(capsys)
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "many"])
+def test_batch_sizes(capsys, count):
+    assert main(["evaluate", "out", "--batch_size", count]) == 2
+    assert f"{count!r} is not a whole number of 1 or more" in last_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_train_epochs", "-1"], "num_train_epochs=-1.0 must be above 0"),
+        (["--num_train_epochs", "nan"], "num_train_epochs=nan must be above 0"),
+        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size=0 must be at least 1"),
+        (["--per_device_eval_batch_size", "-2"], "per_device_eval_batch_size=-2 must be at least 1"),
+        (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps=0 must be at least 1"),
+        (["--metric_for_best_model", "f1"], "choose one of accuracy, macro_f1, loss"),
+        (["--optim_args", "momentum"], "optim_args='momentum' must look like"),
+        (["--accelerator_config", "{bad"], "'{bad' is not valid JSON"),
+        (["--feature_cache_limit_gb", "nan"], "feature_cache_limit_gb=nan"),
+        (["--feature_cache_limit_gb", "inf"], "feature_cache_limit_gb=inf"),
+        (["--model_name_or_path", "user/none"], "model_name_or_path='user/none': no such folder here"),
+    ],
+    ids=" ".join,
+)
+def test_flags_are_checked_before_the_work(tmp_path, capsys, monkeypatch, flags, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(["train", "--output_dir", str(tmp_path / "out"), *flags]) == 2
+    assert message in last_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_of_flags_that_are_no_text(tmp_path, capsys):
+    (tmp_path / "flags.yaml").write_bytes(b"\xff\xfe\x00")
+    assert main(["train", str(tmp_path / "flags.yaml")]) == 2
+    assert "flags.yaml is not valid yaml" in last_line(capsys)
+
+
+def test_a_hub_that_cannot_be_reached_is_told_before_training(tmp_path, tiny_vit, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    flags = ["--model_name_or_path", tiny_vit, "--output_dir", str(tmp_path / "out"), "--disable_tqdm", "true"]
+    assert main(["train", *flags, "--push_to_hub", "--hub_model_id", "user/name"]) == 2
+    line = last_line(capsys)
+    assert "the repository cannot be made" in line and "vpt-peft push <output_dir>" in line
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setattr("vpt_peft.cli.options.find_spec", lambda name: None if name == "sklearn" else name)
+    with pytest.raises(ModuleNotFoundError, match=r"this needs sklearn: pip install 'vpt_peft\[train\]'"):
+        need_training()
