@@ -3,13 +3,27 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: test lint clean
+# Threads that spin while they wait lose their turn to any other busy program; a step then takes 20 times as long
+export OMP_WAIT_POLICY ?= PASSIVE
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint clean
+
+demo: $(BIN)/.demo
+	HF_HUB_OFFLINE=1 $(BIN)/vpt-peft demo --output_dir out/demo
 
 # The constraints pin torch to a release whose plain wheel is small; the package itself allows a range.
-$(BIN)/.installed: setup.cfg pyproject.toml constraints.txt
+$(BIN)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(PIP) torch==2.13.0
+	touch $@
+
+$(BIN)/.demo: $(BIN)/.torch setup.cfg pyproject.toml
+	$(PIP) -e ".[demo]"
+	touch $@
+
+$(BIN)/.installed: $(BIN)/.torch setup.cfg pyproject.toml
+	$(PIP) -e ".[dev]"
 	touch $@
 
 test: $(BIN)/.installed

@@ -11,9 +11,15 @@ from collections.abc import Sequence
 
 # name: (module with `run(argv) -> int`, what it does); modules are imported when their command is called
 COMMANDS = {
+    "demo": ("vpt_peft.cli.demo", "train on the embedded backbones and digits, offline, in two minutes"),
     "train": ("vpt_peft.cli.train", "train prompts or a baseline, save the adapter with its card"),
     "evaluate": ("vpt_peft.cli.evaluate", "evaluate an adapter folder or Hub id on a split"),
+    "sweep": ("vpt_peft.cli.sweep", "search settings on the validation split, test the best"),
+    "compare": ("vpt_peft.cli.compare", "train several methods with several seeds to one table"),
+    "plot": ("vpt_peft.cli.plot", "draw learning curves, or accuracy against trained values"),
     "predict": ("vpt_peft.cli.predict", "predict images or folders of images to a table"),
+    "cost": ("vpt_peft.cli.cost", "estimate what training would cost: values, disk, FLOPs, memory, largest batch"),
+    "export": ("vpt_peft.cli.export", "write an adapter with backbone and head to one ONNX or torch.export file"),
     "push": ("vpt_peft.cli.push", "upload an adapter folder to the Hub"),
     "convert": ("vpt_peft.cli.convert", "convert a pre-trained checkpoint to a Hugging Face folder"),
 }

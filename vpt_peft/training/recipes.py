@@ -23,9 +23,9 @@ RECIPES = ("default", "vpt_paper", "gpt_paper")
 
 # Peak AdamW learning rates of the default recipe: what a method adds or unfreezes, then its head.
 _DEFAULT_RATES = {
-    "vpt": (5e-3, 2e-3),
-    "vpt_shallow": (1e-2, 2e-3),
-    "gated_vpt": (1e-2, 2e-3),
+    "vpt": (1e-2, 5e-3),
+    "vpt_shallow": (3e-2, 5e-3),
+    "gated_vpt": (3e-2, 1e-2),
     "linear": (2e-3, 2e-3),
     "mlp": (1e-3, 1e-3),
     "full": (1e-4, 1e-3),

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 Playing = list[tuple[str, Role]]
 
+# Attribute of a block's output that holds the prompts on their way to the next block
+CARRIED = "_vpt_carried"
+
 
 class PromptTunerLayer(BaseTunerLayer):
     """What both kinds of tuner layers share: they wrap nothing and cannot become weights."""
@@ -159,6 +162,8 @@ class VPTLayer(nn.Module, PromptTunerLayer):
             return None
         argument = self.spec.argument
         hidden = kwargs[argument] if argument else args[0]
+        # Run again inside a checkpoint, the block gets the input it had, and with it the prompts of that pass.
+        self.carried.update(getattr(hidden, CARRIED, {}))
         original = hidden
         self.rows = hidden.shape[0]
         hidden = self.store.project_patches(self.index, hidden)
@@ -218,6 +223,8 @@ class VPTLayer(nn.Module, PromptTunerLayer):
             if role.mode == "side":
                 self.hand_on(name, role, self.finish_side(name))
         self.forget()
+        if HOOKS_ARE_CHECKPOINTED and self.store.checkpointing and self.index + 1 < len(self.store.layers):
+            setattr(hidden, CARRIED, dict(self.store.layers[self.index + 1].carried))
         return replace_tokens(output, hidden) if among else None
 
     def forget(self) -> None:
