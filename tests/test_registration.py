@@ -130,9 +130,9 @@ for index, attempt in enumerate(attempts):
 import vpt_peft
 
 assert isinstance(attempts[0](), vpt_peft.VPTConfig)
-from peft_fixtures import images, logits
+from peft_fixtures import LOADS_HEADS, images, logits
 expected = torch.load(sys.argv[1] + "/expected.pt")
-for attempt in attempts[1:]:
+for attempt in attempts[1 : 4 if LOADS_HEADS else 3]:
     model = attempt().eval()
     assert torch.equal(logits(model, images(dtype=torch.float32)), expected)
 """,

@@ -19,7 +19,19 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from peft_fixtures import BLOCKS, CONFIGS, MAIN, WIDTH, bare_vit, images, logits, randomize, trainable, vit
+from peft_fixtures import (
+    BLOCKS,
+    CONFIGS,
+    MAIN,
+    WIDTH,
+    bare_vit,
+    images,
+    logits,
+    needs_heads_to_load,
+    randomize,
+    trainable,
+    vit,
+)
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -216,6 +228,7 @@ def test_other_paths_to_the_encoder(old: str, new: str, tmp_path: Path, strict):
     assert torch.equal(logits(loaded, images()), expected)
 
 
+@needs_heads_to_load
 @pytest.mark.parametrize("path", ["vit.", "", "vision_tower.vision_model."])
 def test_other_paths_in_transformers(path: str, tmp_path: Path):
     expected = save(tmp_path)
@@ -349,6 +362,7 @@ def test_functional_interface(name: str, strict):
         assert set(get_peft_model_state_dict(model)) == set(plain)
 
 
+@needs_heads_to_load
 @pytest.mark.parametrize("name", ["deep", "gated"])
 def test_auto_classes(name: str, tmp_path: Path, strict):
     from transformers import AutoModelForImageClassification

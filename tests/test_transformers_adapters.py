@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from peft_fixtures import CONFIGS, MAIN, images, logits, lora, randomize, trainable, vit
+from peft_fixtures import CONFIGS, MAIN, images, logits, lora, needs_heads_to_load, randomize, trainable, vit
 from torch import nn
 
 from vpt_peft.tuners.vpt.store import find_store
@@ -78,6 +78,7 @@ def test_state_dict_of_an_adapter():
     )
 
 
+@needs_heads_to_load
 @pytest.mark.parametrize("name", CONFIGS)
 def test_save_and_load(name: str, tmp_path: Path):
     """What transformers saved loads in transformers and in PEFT, under any name, bit by bit."""
@@ -94,6 +95,7 @@ def test_save_and_load(name: str, tmp_path: Path):
     assert torch.equal(logits(peft, images()), expected)
 
 
+@needs_heads_to_load
 @pytest.mark.parametrize("name", MAIN)
 def test_load_what_peft_saved(name: str, tmp_path: Path):
     source = randomize(get_peft_model(vit(), CONFIGS[name]()), 1, trainable_only=True).eval()

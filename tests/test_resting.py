@@ -1,0 +1,82 @@
+"""Adapters that are not concerned are out of the way while PEFT walks the model, and back as they were afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from peft_fixtures import CONFIGS, images, logits, randomize, vit
+from torch import nn
+
+from vpt_peft.tuners.vpt.resting import set_others_aside
+
+
+NAMES = ["first", "second", "third", "fourth"]
+
+
+def several(name: str = "deep") -> PeftModel:
+    model = get_peft_model(vit(), CONFIGS[name](), adapter_name=NAMES[0])
+    for other in NAMES[1:]:
+        model.add_adapter(other, CONFIGS[name]())
+    return randomize(model, 1).eval()  # type: ignore[return-value]
+
+
+def entries(model: nn.Module) -> dict[str, list[str]]:
+    """The adapters of every container, in order."""
+    containers = {path: m for path, m in model.named_modules() if isinstance(m, nn.ModuleDict)}
+    return {path: list(m) for path, m in containers.items() if not path.endswith(tuple(NAMES))}
+
+
+@pytest.mark.parametrize("name", ["deep", "gated"])
+def test_only_those_named_or_trainable_stay(name: str):
+    model = several(name)
+    before, parameters = entries(model), {n: id(p) for n, p in model.named_parameters()}
+    model.base_model.set_requires_grad("third")
+    with set_others_aside(model, ["second", "first"]):
+        inside = entries(model)
+        assert all(set(found) <= {"first", "second", "third"} for found in inside.values())
+        assert any("third" in found for found in inside.values())
+        assert not any(".fourth." in n for n, _ in model.named_parameters())
+    assert entries(model) == before
+    assert {n: id(p) for n, p in model.named_parameters()} == parameters
+
+
+def test_changes_inside_hold():
+    """An entry that is added, replaced or deleted in between stays so."""
+    model = several()
+    container = model.base_model.model.prompt_tuner.vpt_prompts
+    kept = {name: container[name] for name in NAMES}
+    with set_others_aside(model, ["first", "second"]):
+        del container["first"]
+        container["second"] = kept["third"]
+        container["fifth"] = kept["fourth"]
+    assert list(container) == ["second", "third", "fourth", "fifth"]
+    assert [container[name] for name in container] == [kept[n] for n in ("third", "third", "fourth", "fourth")]
+
+
+def test_an_error_inside_brings_all_back():
+    model = several()
+    before = entries(model)
+    with pytest.raises(RuntimeError), set_others_aside(model, ["first"]):
+        raise RuntimeError
+    assert entries(model) == before
+
+
+def test_switching_leaves_one_trainable(tmp_path):
+    """As with PEFT alone: prompts that are switched to train, all others are frozen, whatever they were."""
+    model = several()
+    model.base_model.set_requires_grad(["second", "fourth"])
+    outputs = {}
+    for name in NAMES:
+        model.set_adapter(name)
+        outputs[name] = logits(model, images())
+        trained = {n for n, p in model.named_parameters() if p.requires_grad and "vpt_prompts" in n}
+        assert trained and all(f".{name}." in n for n in trained)
+    assert len({tuple(each.flatten().tolist()) for each in outputs.values()}) == len(NAMES)
+    model.save_pretrained(tmp_path, selected_adapters=["second"])
+    model.load_adapter(str(tmp_path / "second"), "again")
+    assert list(model.peft_config) == [*NAMES, "again"]
+    model.set_adapter("again")
+    assert torch.equal(logits(model, images()), outputs["second"])
+    model.set_adapter("third")
+    assert torch.equal(logits(model, images()), outputs["third"])
