@@ -67,17 +67,20 @@ def test_reload_is_a_proof(result):
 
 
 def test_markdown():
-    rows = [demo.DemoRow("embedded", "vpt", 0.9876, 8970, 12.34), demo.DemoRow("embedded-mae", "linear", 0.5, 10, 1)]
+    rows = [
+        demo.DemoRow("embedded", "vpt", 100, 0.9876, 8970, 12.34),
+        demo.DemoRow("embedded-mae", "linear", 300, 0.5, 10, 1),
+    ]
     assert demo.as_markdown(rows).splitlines() == [
-        "| backbone     | method       | test accuracy | trained values | seconds |",
-        "| ------------ | ------------ | ------------: | -------------: | ------: |",
-        "| embedded     | VPT-deep     |         98.8% |          8,970 |    12.3 |",
-        "| embedded-mae | linear probe |         50.0% |             10 |     1.0 |",
+        "| backbone     | method       | images | test accuracy | trained values | seconds |",
+        "| ------------ | ------------ | -----: | ------------: | -------------: | ------: |",
+        "| embedded     | VPT-deep     |    100 |         98.8% |          8,970 |    12.3 |",
+        "| embedded-mae | linear probe |    300 |         50.0% |             10 |     1.0 |",
     ]
 
 
 def test_command(monkeypatch, tmp_path, capsys):
-    rows = [demo.DemoRow("embedded", "vpt", 0.9, 8970, 1.0)]
+    rows = [demo.DemoRow("embedded", "vpt", 64, 0.9, 8970, 1.0)]
     asked = {}
 
     def run(output_dir, seed, flags):

@@ -17,7 +17,7 @@ def run(argv: Sequence[str]) -> int:
         description="Fine-tune the embedded backbones on handwritten digits, offline: a linear probe against prompts.",
     )
     parser.add_argument("--output_dir", default="out/demo", help="gets adapters, table and picture")
-    parser.add_argument("--num_train_epochs", type=float, help="epochs of every row, in place of 10 (linear: 40)")
+    parser.add_argument("--num_train_epochs", type=float, help="epochs of every row, in place of its own")
     parser.add_argument("--seed", type=int, default=0, help="of initial values and the order of images")
     options = parser.parse_args(list(argv))
     from transformers.utils import logging as transformers_logging
