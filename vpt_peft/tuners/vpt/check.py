@@ -127,7 +127,7 @@ def check_quantized(encoder: nn.Module, spec: EncoderSpec, config: VPTConfig, pa
         maps = (attention.key, attention.value) if role.mode == "kv" else ()
         alone = {f"{attention.path}.{each.path}" for each in maps if each is not None}
         for name, module in submodule(encoder, block.path).named_modules():
-            if has_packed_weights(module) and hasattr(module, "in_features"):
+            if hasattr(module, "in_features") and has_packed_weights(module):
                 rows = config.num_virtual_tokens if name in alone else block.tokens
                 where = ".".join(filter(None, (path, block.path, name)))
                 with in_eval(module):
@@ -143,7 +143,7 @@ def check_heads(model: nn.Module, names: Iterable[str]) -> None:
     packed = [
         path
         for path, module in model.named_modules()
-        if has_packed_weights(module) and any(f".{name}." in f".{path}." for name in names)
+        if any(f".{name}." in f".{path}." for name in names) and has_packed_weights(module)
     ]
     if packed:
         raise ValueError(

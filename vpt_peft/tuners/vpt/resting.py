@@ -53,4 +53,4 @@ def _is_trainable(entry: nn.Module | None) -> bool:
     for parameter in entry._parameters.values():
         if parameter is not None and parameter.requires_grad:
             return True
-    return any(_is_trainable(child) for child in entry._modules.values()) if entry._modules else False
+    return any(_is_trainable(child) for child in entry._modules.values())
