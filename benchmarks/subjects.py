@@ -75,7 +75,7 @@ def _lora(spec: EncoderSpec, prompts: int) -> LoraConfig:
 
 
 def _merged(model: ViTForImageClassification, spec: EncoderSpec, prompts: int) -> nn.Module:
-    prompted: Any = get_peft_model(model, VPTConfig(num_virtual_tokens=prompts, self_check=False))
+    prompted: Any = get_peft_model(model, VPTConfig(num_virtual_tokens=prompts))
     prompted.merge_adapter()
     return prompted
 
@@ -86,7 +86,7 @@ def _plain_loop(model: ViTForImageClassification, spec: EncoderSpec, prompts: in
 
 
 def _vpt(**given: Any) -> Callable[..., nn.Module]:
-    return _peft(lambda spec, prompts: VPTConfig(num_virtual_tokens=prompts, self_check=False, **given))
+    return _peft(lambda spec, prompts: VPTConfig(num_virtual_tokens=prompts, **given))
 
 
 # Methods that are compared with each other stand side by side, so that they run one after the other.
@@ -94,12 +94,12 @@ METHODS: dict[str, Method] = {
     # The class token trains, so that the gradient runs down to the first block's input and no further work is added
     FLOOR: Method("no prompts (floor)", _trained(lambda name, _: name.endswith("cls_token")), has_prompts=False),
     "deep_kv": Method("VPT-deep, keys/values", _vpt()),
+    # The floor computes all tokens of its last block; this row does so too, the one above only what the head reads
+    "deep_kv_whole": Method("VPT-deep, keys/values, last block in full", _vpt(skip_unread=False)),
     "deep_token": Method("VPT-deep, tokens", _vpt(implementation="token")),
     "deep_merged": Method("VPT-deep, merged", _merged, trains=False),
     "shallow": Method("VPT-shallow", _vpt(deep=False)),
-    "gated": Method(
-        "gated prompts", _peft(lambda spec, prompts: GatedVPTConfig(num_virtual_tokens=prompts, self_check=False))
-    ),
+    "gated": Method("gated prompts", _peft(lambda spec, prompts: GatedVPTConfig(num_virtual_tokens=prompts))),
     "gated_loop": Method("gated prompts, plain token loop", _plain_loop),
     "lora": Method("LoRA r=8", _peft(_lora), has_prompts=False),
     "bias": Method("bias", _trained(lambda name, p: p.ndim == 1 and name.endswith("bias")), has_prompts=False),

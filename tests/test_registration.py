@@ -134,7 +134,8 @@ from peft_fixtures import LOADS_HEADS, images, logits
 expected = torch.load(sys.argv[1] + "/expected.pt")
 for attempt in attempts[1 : 4 if LOADS_HEADS else 3]:
     model = attempt().eval()
-    assert torch.equal(logits(model, images(dtype=torch.float32)), expected)
+    # How products of one row are summed depends on the number of threads, which is another here
+    assert torch.allclose(logits(model, images(dtype=torch.float32)), expected, rtol=0, atol=1e-6)
 """,
         str(folder),
     )

@@ -165,7 +165,8 @@ def test_hidden_states_never_show_prompts(name: str):
         if name not in ("added", "channel", "project_patches"):
             assert torch.equal(output.hidden_states[0], plain[0])
         assert not torch.allclose(output.hidden_states[-1], plain[-1])
-        assert torch.equal(output.logits, model(pixel_values=images()).logits)
+        # With nobody looking the last block makes the class token alone, in other sums
+        assert torch.allclose(output.logits, model(pixel_values=images()).logits, rtol=0, atol=1e-12)
     with model.disable_adapter():
         found = model(pixel_values=images(), output_hidden_states=True).hidden_states
         assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))

@@ -27,6 +27,7 @@ from .encoder.inputs import IMAGE_INPUTS, sample_inputs
 from .encoder.quantized import has_packed_weights
 from .simulation import StepCost, blank_copy, simulate_step
 from .skeleton import METHODS, MethodOptions, apply_method, safetensors_bytes, saved_tensors
+from .tuners.vpt.check import check_shortcuts
 from .tuners.vpt.store import find_store
 
 
@@ -166,7 +167,8 @@ def estimate_costs(
         # Modules that methods add draw values before they are made blank
         with torch.random.fork_rng(devices=[]):
             if method is not None and backbone not in specs:
-                specs[backbone] = find_encoder(model, backbone)
+                found = find_encoder(model, backbone)
+                specs[backbone] = check_shortcuts(_base(model), submodule(model, found.path), found)
             skeleton, path = blank_copy(model, "meta", weights), None
             if method is not None:
                 path = specs[backbone].path

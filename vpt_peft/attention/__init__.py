@@ -2,7 +2,14 @@
 
 from .extras import AttentionExtras, project_key_values, project_queries
 from .intercept import attach_interceptor
-from .interface import PromptedConfig
+from .interface import ALL_TOKENS, PromptedConfig
 
 
-__all__ = ["AttentionExtras", "PromptedConfig", "attach_interceptor", "project_key_values", "project_queries"]
+__all__ = [
+    "ALL_TOKENS",
+    "AttentionExtras",
+    "PromptedConfig",
+    "attach_interceptor",
+    "project_key_values",
+    "project_queries",
+]

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from .extras import AttentionExtras, over_rows, widen_mask
+from .extras import AttentionExtras, over_rows, project_key_values, widen_mask
 
 
 if TYPE_CHECKING:
     from vpt_peft.tuners.vpt.layer import VPTLayer
 
 PREFIX = "vpt_"
+# Keyword argument of a block that makes its special tokens alone: all of its tokens, `(batch, tokens, width)`
+ALL_TOKENS = "vpt_all_tokens"
 
 
 class PromptedConfig:
@@ -72,7 +74,10 @@ def prompted_attention(
         The output `(batch, tokens, heads, head_dim)` and the attention maps `(batch, heads, tokens, prompts + tokens)`
         where the function returns them.
     """
-    config = module.config
+    config, tokens = module.config, kwargs.pop(ALL_TOKENS, None)
+    if tokens is not None:
+        # The module itself has seen the special tokens only, which ask; all tokens answer
+        key, value = project_key_values(config.layer.block, config.layer.spec.attention, tokens)
     name = config.wrapped._attn_implementation or "eager"
     function = _base_function(config, name)
     extras = config.layer.attention_extras(query.dtype)

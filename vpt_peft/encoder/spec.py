@@ -106,6 +106,9 @@ class EncoderSpec:
         merges: Patch mergings between stages: (index of the next block, dotted paths of the norm and reduction in the
             order they run).
         model_type: The encoder config's `model_type`.
+        joins: Prompt tokens may stay in the sequence from one block to the next (tried out when prompts are attached).
+        reads_special: The output of the whole model depends on the special tokens of the last block alone, and the block
+            can make them alone (tried out when prompts are attached).
     """
 
     path: str
@@ -116,6 +119,8 @@ class EncoderSpec:
     image_size: tuple[int, int] | None = None
     merges: tuple[tuple[int, tuple[str, ...]], ...] = ()
     model_type: str = ""
+    joins: bool = False
+    reads_special: bool = False
 
     @property
     def prefix(self) -> int:

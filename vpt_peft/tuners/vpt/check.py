@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from vpt_peft.encoder import BlockSpec, EncoderSpec, submodule
 from vpt_peft.encoder.inputs import sample_inputs
@@ -74,10 +75,27 @@ def _compare(encoder: nn.Module, spec: EncoderSpec, index: int) -> str:
         return f"{type(error).__name__}: {error}"
     finally:
         store.detach()
-    difference = float((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max().clamp_min(1e-6))
+    difference = _difference(*outputs)
+    return "" if difference < _tolerance(outputs[0]) else f"{DIFFERENCE} {difference:.1e}"
+
+
+def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().max() / one.abs().max().clamp_min(1e-6))
+
+
+def _tolerance(output: torch.Tensor) -> float:
     # Eager attention takes its softmax in float32, whatever the model's dtype.
-    tolerance = {torch.float64: 1e-5, torch.float32: 1e-3}.get(outputs[0].dtype, 1e-1)
-    return "" if difference < tolerance else f"{DIFFERENCE} {difference:.1e}"
+    return {torch.float64: 1e-5, torch.float32: 1e-3}.get(output.dtype, 1e-1)
+
+
+def _activate(store: VPTPromptStore, name: str, config: VPTConfig) -> None:
+    """Give the store one adapter with random prompts, the same ones each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        store.update_layer(name, config)
+        _give_values(store, name)
+    for layer in (store, *store.layers):
+        layer.set_adapter([name])
 
 
 def _give_values(store: VPTPromptStore, name: str) -> None:
@@ -94,16 +112,60 @@ def _run(
     store: VPTPromptStore, block: nn.Module, mode: Any, index: int, arguments: tuple[tuple, dict[str, Any]]
 ) -> torch.Tensor:
     config = VPTConfig(num_virtual_tokens=3, layers_to_transform=[index], propagate=False, implementation=mode)
-    with in_eval(store.encoder), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        store.update_layer(mode, config)
-        _give_values(store, mode)
-        for layer in (store, *store.layers):
-            layer.set_adapter([mode])
+    with in_eval(store.encoder), torch.no_grad():
+        _activate(store, mode, config)
         output = first_tensor(block(*arguments[0], **arguments[1]))
     if output is None:
         raise ValueError("the block returns no tensor")
     return output
+
+
+def check_shortcuts(root: nn.Module, encoder: nn.Module, spec: EncoderSpec) -> EncoderSpec:
+    """`spec` with what work can be left out of a forward pass, see `shortcuts`.
+
+    The whole model (where it does not run on images alone, its encoder) runs on a random input with shallow prompts,
+    plainly and with what is left out; every output must be the same.
+    """
+    last = spec.blocks[-1].attention
+    special = root is not encoder and 0 < spec.prefix == len(spec.special) and last.uses_interface
+    special = special and last.key is not None and not any(map(has_packed_weights, encoder.modules()))
+    if not all(block.takes_tokens for block in spec.blocks):
+        return spec
+    for inputs in sample_inputs(encoder):
+        for model in dict.fromkeys((root, encoder)):
+            plain = _outputs(model, encoder, spec, inputs)
+            if plain is None:
+                continue
+            alone = special and model is root
+            for joins, reads_special in ((True, alone), (True, False), (False, alone)):
+                tried = replace(spec, joins=joins, reads_special=reads_special)
+                if _are_equal(plain, _outputs(model, encoder, tried, inputs)):
+                    return tried
+            return spec
+    return spec
+
+
+def _outputs(
+    model: nn.Module, encoder: nn.Module, spec: EncoderSpec, inputs: dict[str, Any]
+) -> list[torch.Tensor] | None:
+    """All tensors the model returns with shallow prompts; `None` where it fails."""
+    store = VPTPromptStore(spec, encoder, model)
+    store.attach()
+    try:
+        with in_eval(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            _activate(store, "shallow", VPTConfig(num_virtual_tokens=3, deep=False))
+            return [leaf for leaf in tree_leaves(model(**inputs)) if isinstance(leaf, torch.Tensor)]
+    except Exception:  # not an input of the model, or nothing may be left out
+        return None
+    finally:
+        store.detach()
+
+
+def _are_equal(plain: list[torch.Tensor], shortened: list[torch.Tensor] | None) -> bool:
+    if shortened is None or len(plain) != len(shortened):
+        return False
+    pairs = zip(plain, shortened, strict=True)
+    return all(a.shape == b.shape and _difference(a, b) < _tolerance(a) for a, b in pairs)
 
 
 def check_quantized(encoder: nn.Module, spec: EncoderSpec, config: VPTConfig, path: str = "") -> None:

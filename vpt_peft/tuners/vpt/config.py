@@ -115,11 +115,22 @@ class VPTConfig(PeftConfig):
         default="auto",
         metadata={"help": "Prompts as keys and values ('kv'), as tokens, or as keys and values wherever exact."},
     )
+    skip_unread: bool = field(
+        default=True,
+        metadata={
+            "help": "Where the model's output depends on the class token alone and nobody looks at the others (no hooks, "
+            "no hidden states), the last block makes only that."
+        },
+    )
     base_in_eval: bool = field(
         default=True, metadata={"help": "`model.train()` leaves the frozen parts in eval mode."}
     )
     self_check: bool = field(
-        default=True, metadata={"help": "Compare keys/values with tokens on a random input when prompts are attached."}
+        default=True,
+        metadata={
+            "help": "Compare keys/values with tokens on a random input when prompts are attached, and try out what work "
+            "can be left out; False leaves out none."
+        },
     )
     backbone: str | None = field(
         default=None, metadata={"help": "Dotted path of the vision encoder, where a model holds several."}
@@ -146,8 +157,8 @@ class VPTConfig(PeftConfig):
 
     def _check_values(self) -> None:
         check_int("num_virtual_tokens", self.num_virtual_tokens, most=MAX_VIRTUAL_TOKENS)
-        for name in ("deep", "layers_from_end", "propagate", "share_prompts", "pool_before_norm", "project_patches", "base_in_eval",
-                     "self_check", "init_weights"):  # fmt: skip
+        for name in ("deep", "layers_from_end", "propagate", "share_prompts", "pool_before_norm", "project_patches", "skip_unread",
+                     "base_in_eval", "self_check", "init_weights"):  # fmt: skip
             check_flag(name, getattr(self, name))
         check_choice("prompt_location", self.prompt_location, LOCATIONS)
         check_choice("token_type", self.token_type, ("patch", "class"))

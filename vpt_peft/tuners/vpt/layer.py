@@ -11,13 +11,28 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from vpt_peft.attention import AttentionExtras, PromptedConfig, attach_interceptor, project_key_values, project_queries
+from vpt_peft.attention import (
+    ALL_TOKENS,
+    AttentionExtras,
+    PromptedConfig,
+    attach_interceptor,
+    project_key_values,
+    project_queries,
+)
 from vpt_peft.encoder import BlockSpec, submodule
 
 from .mixed import MixedBatch, additive
 from .modes import HOOKS_ARE_CHECKPOINTED
 from .plan import Role
-from .sequence import cut_tokens, insert_tokens, keep_initial_hidden_state, replace_tokens, widen_positions
+from .sequence import (
+    insert_tokens,
+    is_collected,
+    keep_initial_hidden_state,
+    replace_tokens,
+    split_tokens,
+    widen_positions,
+)
+from .shortcuts import UNREAD, reads_special_only
 
 
 if TYPE_CHECKING:
@@ -85,6 +100,7 @@ class VPTLayer(nn.Module, PromptTunerLayer):
         self.carried: dict[str, torch.Tensor] = {}
         self.entered: dict[str, torch.Tensor] = {}
         self.inserted = 0
+        self.arrived = False
         self.hidden: torch.Tensor | None = None
         self.side_outputs: torch.Tensor | None = None
         self.rows = 1
@@ -157,8 +173,9 @@ class VPTLayer(nn.Module, PromptTunerLayer):
 
     def enter(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Bring prompts into the block's input; `None` where it stays as it is."""
+        unread = kwargs.pop(UNREAD, False) and self.index + 1 == len(self.store.layers)
         playing = self.playing()
-        if not playing and self.index > 0:
+        if not playing and self.index > 0 and not unread:
             return None
         argument = self.spec.argument
         hidden = kwargs[argument] if argument else args[0]
@@ -180,24 +197,27 @@ class VPTLayer(nn.Module, PromptTunerLayer):
             elif role.mode in ("token", "side"):
                 prompts = self.prompts_of(name, role).to(hidden.dtype)
                 self.entered[name] = prompts.expand(self.rows if rows is None else len(rows), -1, -1)
-                if role.mode == "token":
+                if role.mode == "token" and not self.arrived:
                     among.append(self.entered[name])
         if among and self.mixed is not None:
             spread, self.hidden = self.mixed.spread(
                 {n: self.entered[n] for n, role in playing if role.mode == "token"}
             )
             among = [spread]
-        self.inserted = sum(prompts.shape[1] for prompts in among)
         if among:
-            tokens = hidden.shape[1]
             hidden = insert_tokens(hidden, among, self.after)
-            kwargs = widen_positions(kwargs, tokens, self.after, hidden.shape[1] - tokens)
-            args = (
-                (args[0], *widen_positions(args[1:], tokens, self.after, hidden.shape[1] - tokens)) if args else args
-            )
             if self.index == 0:
                 keep_initial_hidden_state(original)
-        if hidden is original:
+        standing = [self.entered[name] for name, role in playing if role.mode == "token"] if self.arrived else among
+        self.inserted = sum(prompts.shape[1] for prompts in standing)
+        if self.inserted:
+            tokens = hidden.shape[1] - self.inserted
+            kwargs = widen_positions(kwargs, tokens, self.after, self.inserted)
+            args = (args[0], *widen_positions(args[1:], tokens, self.after, self.inserted)) if args else args
+        elif unread and reads_special_only(playing, args[1:], {k: v for k, v in kwargs.items() if k != argument}):
+            kwargs = {**kwargs, ALL_TOKENS: hidden}
+            hidden = hidden[:, : self.after]
+        if hidden is original and not self.inserted:
             return None
         if argument:
             return args, {**kwargs, argument: hidden}
@@ -213,12 +233,18 @@ class VPTLayer(nn.Module, PromptTunerLayer):
         among = [(name, role) for name, role in playing if role.mode == "token"]
         lengths = [self.entered[name].shape[1] for name, _ in among]
         if among:
-            hidden, parts = cut_tokens(hidden, self.after, lengths if self.mixed is None else [self.inserted])
+            before, parts, behind = split_tokens(
+                hidden, self.after, lengths if self.mixed is None else [self.inserted]
+            )
             if self.mixed is not None:
                 rows = [self.mixed.rows(name, hidden.device) for name, _ in among]
                 parts = [parts[0][mine, :length] for mine, length in zip(rows, lengths, strict=True)]
-            for (name, role), part in zip(among, parts, strict=True):
-                self.hand_on(name, role, part)
+            handed = [self.hand_on(name, role, part) for (name, role), part in zip(among, parts, strict=True)]
+            if self.prompts_stay(among):
+                if any(role.gated for _, role in among):
+                    hidden = torch.cat([before, *handed, behind], dim=1)
+            else:
+                hidden = torch.cat([before, behind], dim=1)
         for name, role in playing:
             if role.mode == "side":
                 self.hand_on(name, role, self.finish_side(name))
@@ -230,18 +256,31 @@ class VPTLayer(nn.Module, PromptTunerLayer):
     def forget(self) -> None:
         """Drop the prompts on their way, unless the block will be run again to recompute its activations."""
         self.hidden = None
+        self.arrived = False
         if not self.store.checkpointing:
             self.carried.clear()
             self.entered.clear()
             self.side_outputs = None
 
-    def hand_on(self, name: str, role: Role, prompts: torch.Tensor) -> None:
+    def prompts_stay(self, among: Playing) -> bool:
+        """Whether the prompt tokens stay in the sequence until the next block, which then need not put them in."""
+        following = self.index + 1
+        if following == len(self.store.layers):
+            return False
+        then = self.store.layers[following]
+        then.arrived = self.store.joins and self.mixed is None and not is_collected()
+        if then.arrived:
+            flowing = [(name, role.mode, role.source) for name, role in then.playing() if role.mode is not None]
+            then.arrived = flowing == [(name, "token", None) for name, _ in among]
+        return then.arrived
+
+    def hand_on(self, name: str, role: Role, prompts: torch.Tensor) -> torch.Tensor:
         """Give the prompts' outputs `(batch, prompts, width)` to the next block, or to the head after the last."""
-        if not role.keeps_output:
-            return
         if role.gated:
             prompts = self.store.gate(name, self.index, self.entered[name], prompts)
-        self.store.receive(name, self.index + 1, prompts)
+        if role.keeps_output:
+            self.store.receive(name, self.index + 1, prompts)
+        return prompts
 
     def attention_extras(self, dtype: torch.dtype | None) -> AttentionExtras | None:
         """What prompts add to this block's attention call; `None` for nothing. Called inside the attention module."""

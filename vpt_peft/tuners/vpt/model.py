@@ -20,7 +20,7 @@ from vpt_peft.encoder import find_encoder, submodule
 from vpt_peft.encoder.inputs import IMAGE_INPUTS
 from vpt_peft.heads import find_task_head
 
-from .check import check_heads, check_key_values, check_quantized
+from .check import check_heads, check_key_values, check_quantized, check_shortcuts
 from .config import VPTConfig
 from .layer import PromptTunerLayer
 from .mixed import MixedBatch, check_names
@@ -83,6 +83,7 @@ class VPTModel(BaseTuner):
             if peft_config.self_check:
                 spec = check_key_values(submodule(self.model, spec.path), spec)
                 check_config(peft_config, spec)
+                spec = check_shortcuts(self._root(), submodule(self.model, spec.path), spec)
             self._found, path = spec, spec.path
         check_quantized(submodule(self.model, path), spec, peft_config, path)
         roles = make_roles(peft_config, spec)
@@ -108,6 +109,13 @@ class VPTModel(BaseTuner):
         if lacking:
             warnings.warn(f"modules_to_save: this backbone has no {', '.join(lacking)}; left out.", stacklevel=2)
         return [name for name in config.modules_to_save if name not in lacking]
+
+    def _root(self) -> nn.Module:
+        """The model itself, where another method's `PeftModel` is around it."""
+        root: Any = self.model
+        while isinstance(root, PeftModel):
+            root = root.get_base_model()
+        return root
 
     def _path_of(self, encoder: nn.Module) -> str:
         return next(path for path, module in self.model.named_modules() if module is encoder)
@@ -186,10 +194,7 @@ class VPTModel(BaseTuner):
     ) -> None:
         store = find_store(self.model)
         if store is None:
-            root: Any = self.model
-            while isinstance(root, PeftModel):
-                root = root.get_base_model()
-            store = VPTPromptStore(self._found, submodule(self.model, self._found.path), root)
+            store = VPTPromptStore(self._found, submodule(self.model, self._found.path), self._root())
             store.attach()
         if adapter_name in store.configs:
             return

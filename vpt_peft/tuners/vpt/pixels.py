@@ -93,7 +93,15 @@ def _image_argument(args: tuple, kwargs: dict[str, Any]) -> str | int:
     return next((name for name in IMAGE_INPUTS if kwargs.get(name) is not None), 0)
 
 
-def _exchange(args: tuple, kwargs: dict[str, Any], where: str | int, images: torch.Tensor) -> tuple[tuple, dict]:
+def images_of(args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The images among the arguments of an encoder or a whole model; `None` if there are none."""
+    where = _image_argument(args, kwargs)
+    return kwargs[str(where)] if where != 0 else args[0] if args else None
+
+
+def exchange_images(args: tuple, kwargs: dict[str, Any], images: torch.Tensor) -> tuple[tuple, dict[str, Any]]:
+    """The arguments with other images."""
+    where = _image_argument(args, kwargs)
     return ((images, *args[1:]), kwargs) if where == 0 else (args, {**kwargs, str(where): images})
 
 
@@ -104,9 +112,8 @@ def enter_image(
     changed = None
     for name in active:
         if store.configs[name].prompt_location == "pad":
-            where = _image_argument(args, kwargs)
-            images = frame_images(store, name, kwargs[str(where)] if where != 0 else args[0])
-            args, kwargs = _exchange(args, kwargs, where, images)
+            images = frame_images(store, name, images_of(args, kwargs))
+            args, kwargs = exchange_images(args, kwargs, images)
             if tuple(images.shape[-2:]) != store.spec.image_size and store.interpolates:
                 kwargs = {**kwargs, "interpolate_pos_encoding": True}
             changed = args, kwargs
@@ -115,11 +122,10 @@ def enter_image(
 
 def require_input_grad(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """The encoder's arguments with images that require a gradient, so that re-entrant checkpointing records."""
-    where = _image_argument(args, kwargs)
-    images = kwargs[str(where)] if where != 0 else args[0]
+    images = images_of(args, kwargs)
     if images.requires_grad:
         return args, kwargs
-    return _exchange(args, kwargs, where, images.detach().requires_grad_(True))
+    return exchange_images(args, kwargs, images.detach().requires_grad_(True))
 
 
 def embed_with_channels(convolution: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:

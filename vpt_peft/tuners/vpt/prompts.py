@@ -81,7 +81,8 @@ class ScalarGate(nn.Module):
     def forward(self, entered: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
         """Mix `entered` and `left`, both `(batch, prompts, width)`."""
         gate = torch.sigmoid(self.weight).to(left.dtype)
-        return gate * left + (1 - gate) * entered
+        # In this form the gradient needs the difference alone, and not the sequences both are parts of
+        return entered + gate * (left - entered)
 
 
 class ElementwiseGate(nn.Linear):

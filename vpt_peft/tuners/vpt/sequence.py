@@ -17,14 +17,18 @@ except ImportError:  # the collector has moved: hidden_states[0] then shows the 
 
 def insert_tokens(hidden: torch.Tensor, prompts: list[torch.Tensor], position: int) -> torch.Tensor:
     """`(batch, tokens, width)` with all prompts put in at `position`."""
-    return torch.cat([hidden[:, :position], *prompts, hidden[:, position:]], dim=1)
+    before, _, behind = split_tokens(hidden, position, [])
+    return torch.cat([before, *prompts, behind], dim=1)
 
 
-def cut_tokens(hidden: torch.Tensor, position: int, lengths: list[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The tokens without prompts, and the prompts of each length that stood at `position`."""
-    count = sum(lengths)
-    parts = list(hidden[:, position : position + count].split(lengths, dim=1))
-    return torch.cat([hidden[:, :position], hidden[:, position + count :]], dim=1), parts
+def split_tokens(
+    hidden: torch.Tensor, position: int, lengths: list[int]
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    """The tokens before `position`, the prompts of each length that stand there, and the tokens behind them."""
+    # One split, since the gradient of each slice by itself would be as large as `hidden`
+    rest = hidden.shape[1] - position - sum(lengths)
+    before, *parts, behind = hidden.split([position, *lengths, rest], dim=1)
+    return before, parts, behind
 
 
 def replace_tokens(output: Any, hidden: torch.Tensor) -> Any:
@@ -54,6 +58,11 @@ def _widen_table(value: Any, tokens: int, position: int, count: int) -> Any:
         dim = next((d for d, size in enumerate(value.shape) if size == tokens), None)
         return value if dim is None else insert_columns(value, dim, position, count, 1.0)
     return value
+
+
+def is_collected() -> bool:
+    """Whether transformers collects hidden states or attentions of the forward pass that runs, as far as can be known."""
+    return _active_collector is None or bool(_active_collector.get())
 
 
 def keep_initial_hidden_state(hidden: torch.Tensor) -> None:

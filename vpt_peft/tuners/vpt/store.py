@@ -22,6 +22,7 @@ from .modes import freeze_modes, is_checkpointing, is_reentrant
 from .plan import make_roles, prompted_blocks
 from .pooling import attach_pooling, detach_pooling
 from .prompts import ElementwiseGate, PromptSet, ScalarGate, Temperature
+from .shortcuts import UNREAD, is_watched_between, leaves_unread, of_whole_model
 
 
 PARTS = ("prompts", "projection", "patch_embedding", "gates", "temperatures")
@@ -54,7 +55,7 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
             self.add_module(name, nn.ModuleDict())
         self.configs: dict[str, VPTConfig] = {}
         self.final: dict[str, torch.Tensor] = {}
-        self.checkpointing = self.reentrant = False
+        self.checkpointing = self.reentrant = self.joins = False
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
@@ -82,6 +83,8 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
         self.root.prompt_tuner = self
         self.encoder.__dict__["_prompt_store"] = self
         self._handles = [self.encoder.register_forward_pre_hook(enter_encoder, with_kwargs=True)]
+        if self.root is not self.encoder:
+            self._handles.append(self.root.register_forward_pre_hook(enter_root, with_kwargs=True))
         self._handles += pixels.attach_patch_embedding(self)
         self._handles += attach_pooling(self)
         self._unpacked = tuple(forbid_packing(self.root))
@@ -285,9 +288,15 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
         for name in active:
             for temperature in (self.part(name, "temperatures") or nn.ModuleDict()).values() if grad else ():
                 temperature.clamp_stored()  # type: ignore[operator]
+        paths = tuple(block.path for block in self.spec.blocks)
+        self.joins = self.spec.joins and not self.checkpointing and not is_watched_between(self.encoder, paths)
+        images = pixels.images_of(args, kwargs)
         changed = pixels.enter_image(self, active, args, kwargs)
         if self.reentrant and active:
             changed = pixels.require_input_grad(*(changed or (args, kwargs)))
+        if leaves_unread(self, images, kwargs):
+            args, kwargs = changed or (args, kwargs)
+            changed = args, {**kwargs, UNREAD: True}
         return changed
 
     def __repr__(self) -> str:
@@ -297,6 +306,15 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
 def enter_encoder(encoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Forward pre-hook of the encoder."""
     return encoder.__dict__["_prompt_store"].enter(args, kwargs)
+
+
+def enter_root(root: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Forward pre-hook of the whole model: its images are marked for the encoder."""
+    store: Any = root.prompt_tuner
+    images = pixels.images_of(args, kwargs)
+    if not store.spec.reads_special or not isinstance(images, torch.Tensor):
+        return None
+    return pixels.exchange_images(args, kwargs, of_whole_model(images))
 
 
 def find_store(model: nn.Module) -> VPTPromptStore | None:
