@@ -236,11 +236,17 @@ def test_mask_of_the_user(monkeypatch: pytest.MonkeyPatch):
     assert (model(images()).logits - masked).abs().max() > 1e-3
 
 
-def test_mixed_batches_run_in_full(monkeypatch: pytest.MonkeyPatch):
-    model = prompted(vit(), CONFIGS["deep"]()).eval()
+@pytest.mark.parametrize("second, alone", [("deep", True), ("shallow", True), ("pooled", False)])
+def test_mixed_batches(second: str, alone: bool, monkeypatch: pytest.MonkeyPatch):
+    model = get_peft_model(vit(), VPTConfig(num_virtual_tokens=7))
+    model.add_adapter("second", CONFIGS[second]())
+    model = randomize(model, seed=3).eval()
+    store, names = the_store(model), ["default", "__base__", "second", "default"]
     watch = Watch(model, monkeypatch)
-    model(pixel_values=images(), adapter_names=["default", "__base__", "default"])
-    assert watch.tokens == [TOKENS]
+    short = model(pixel_values=images(4), adapter_names=names).logits
+    assert (watch.tokens == [1]) == alone
+    store.spec = replace(store.spec, reads_special=False)
+    assert (model(pixel_values=images(4), adapter_names=names).logits - short).abs().max() < EXACT
 
 
 @pytest.mark.parametrize("name", ["deep", "gated"])

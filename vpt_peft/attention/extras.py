@@ -1,4 +1,4 @@
-"""What prompts add to one attention call, and the maps that make keys and values of prompts."""
+"""What prompts add to one attention call: the maps that make keys and values of prompts, masks and temperatures."""
 
 from __future__ import annotations
 
@@ -52,6 +52,37 @@ class AttentionExtras:
             start = self.prompts + self.inserted[0]
             columns[..., start : start + self.inserted[1]] = over_rows(self.inserted_mask, rows)
         return columns
+
+
+class _Cool(torch.autograd.Function):
+    """Queries over a temperature.
+
+    The gradient is computed from the result, which the attention keeps anyway; torch's own would keep the queries too.
+    """
+
+    @staticmethod
+    def forward(query: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return query / temperature
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(output, inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        cooled, temperature = ctx.saved_tensors
+        return grad / temperature, (grad * cooled).sum_to_size(temperature.shape) / -temperature
+
+
+def cool(query: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    """Queries `(rows, ..., head_dim)` divided by a temperature, one for all or one per image.
+
+    Args:
+        temperature: `(1 or batch, 1, 1, 1)`; with several rows per image (windows) images vary slowest.
+    """
+    if temperature.shape[0] > 1:
+        temperature = over_rows(temperature, query.shape[0])
+    return _Cool.apply(query, temperature.reshape(-1, *[1] * (query.dim() - 1)).to(query.dtype))
 
 
 def _normed(block: nn.Module, spec: AttentionSpec, prompts: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .extras import AttentionExtras, over_rows, widen_mask
+from .extras import AttentionExtras, cool, over_rows, widen_mask
 
 
 if TYPE_CHECKING:
@@ -125,14 +125,8 @@ class PromptInterceptor(TorchFunctionMode):
         return extra if like.dim() == 4 else extra.unsqueeze(2).expand(-1, -1, like.shape[2], -1, -1)
 
     def _cooled(self, query: torch.Tensor) -> torch.Tensor:
-        """Queries divided by the temperature, one for all or one per image."""
-        temperature = self.extras.temperature
-        if temperature is None:
-            return query
-        if temperature.numel() == 1:
-            return query / temperature.view(()).to(query.dtype)
-        per_row = over_rows(temperature.flatten(), query.shape[0])
-        return query / per_row.view(-1, *[1] * (query.dim() - 1)).to(query.dtype)
+        """Queries divided by the temperature, where there is one."""
+        return query if self.extras.temperature is None else cool(query, self.extras.temperature)
 
     def _mask_like(self, scores: torch.Tensor) -> torch.Tensor:
         """The mask over padding among prompts, with the rows of `scores`."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from .extras import AttentionExtras, over_rows, project_key_values, widen_mask
+from .extras import AttentionExtras, cool, over_rows, project_key_values, widen_mask
 
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def prompted_attention(
         return function(_seen_by(name, module), query, key, value, attention_mask, *args, **kwargs)
     queries, keys, rows = query.shape[-2], key.shape[-2], query.shape[0]
     if extras.temperature is not None:
-        query = query / over_rows(extras.temperature, rows)
+        query = cool(query, extras.temperature)
     if attention_mask is not None:
         attention_mask = _widen(attention_mask, queries, keys, rows, extras)
     bias = kwargs.get("position_bias")

@@ -198,6 +198,9 @@ class VPTTrainingArguments(TrainingArguments):
                 f"metric_for_best_model={self.metric_for_best_model!r} is not measured; choose one of "
                 f"{', '.join(METRICS)}."
             )
+        modes = list(torch._inductor.list_mode_options())
+        if self.torch_compile_mode is not None and self.torch_compile_mode not in modes:
+            raise ValueError(f"torch_compile_mode={self.torch_compile_mode!r} must be one of {', '.join(modes)}.")
         if self.optim_args and not all("=" in part for part in self.optim_args.split(",")):
             raise ValueError(f"optim_args={self.optim_args!r} must look like momentum=0.9,nesterov=true.")
 

@@ -50,7 +50,7 @@ def leaves_unread(store: VPTPromptStore, images: Any, kwargs: dict[str, Any]) ->
     """
     if not store.spec.reads_special or not getattr(images, OF_WHOLE_MODEL, False):
         return False
-    if store.checkpointing or store.mixed is not None or store.layers[-1].block.training:
+    if store.checkpointing or store.layers[-1].block.training:
         return False
     configs = [store.configs[name] for name in store.active_names() if name in store.configs]
     if not configs or not all(c.skip_unread and c.pooling in (None, "class") and not c.reads_prompts for c in configs):
