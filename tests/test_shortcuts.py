@@ -337,10 +337,15 @@ READERS: dict[str, tuple[Callable[[], PreTrainedModel], bool]] = {
 }
 
 
+@pytest.mark.parametrize("zero_head", [False, True])
 @pytest.mark.parametrize("name", READERS)
-def test_what_other_models_read(name: str):
+def test_what_other_models_read(name: str, zero_head: bool):
     make, special = READERS[name]
     model = randomize(make()).double().eval()
+    if zero_head:
+        for path, module in model.named_modules():
+            if "classifier" in path.split(".")[0] and isinstance(module, nn.Linear):
+                nn.init.zeros_(module.weight)
     config = GatedVPTConfig(num_virtual_tokens=3, gate_init=0.0)
     adapted = randomize(get_peft_model(model, config), seed=3, trainable_only=True).eval()
     store = the_store(adapted)

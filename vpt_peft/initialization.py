@@ -168,7 +168,7 @@ def _fill(store: VPTPromptStore, reservoirs: dict[str, Reservoir], dataloader: I
             hook = watch_input(reservoir, block.argument)
             handles.append(submodule(encoder, block.path).register_forward_pre_hook(hook, with_kwargs=True))
     try:
-        with in_eval(encoder), torch.no_grad(), _without_adapters(encoder):
+        with in_eval(encoder), torch.no_grad(), _without_adapters(store.root):
             for batch in dataloader:
                 encoder(**_encoder_arguments(store, batch))
     finally:

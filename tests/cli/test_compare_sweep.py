@@ -72,7 +72,7 @@ def test_compare_tells_mean_and_deviation_and_trains_nothing_twice(flags, out, c
 
 def test_sweep_takes_the_best_of_validation_to_the_test_once(flags, out, capsys):
     rates = ["1e-5", "1e-2", "1e30"]
-    assert main(["sweep", *flags, "--method", "linear", "--max_steps", "8", "--learning_rate", *rates]) == 0
+    assert main(["sweep", *flags, "--method", "linear", "--max_steps", "24", "--learning_rate", *rates]) == 0
     shown = capsys.readouterr().out
     results = read(out / "sweep_results.json")
     rows = {row["settings"]["learning_rate"]: row for row in results["rows"]}

@@ -48,7 +48,7 @@ def test_flags_win_over_the_recipe(parse):
 
 @pytest.mark.parametrize(
     ("flag", "expected"),
-    [("--learning_rate", (0.02, None, None)), ("--head_learning_rate", (1e-2, 1e-2, 0.02))],
+    [("--learning_rate", (0.02, None, None)), ("--head_learning_rate", (3e-2, 3e-2, 0.02))],
 )
 def test_a_given_rate_is_for_all_groups_but_a_groups_own_is_for_it(parse, flag, expected):
     _, _, method, training, _ = parse(flag, "0.02")

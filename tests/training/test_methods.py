@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 from torch import nn
+from transformers import ViTForImageClassification
 
 from vpt_peft.training.arguments import METHODS, ModelArguments
 from vpt_peft.training.baselines import BottleneckAdapter, MLPHead, SideTuning
 from vpt_peft.training.inference import load_adapter_model
 from vpt_peft.training.methods import build_model, check_trainable, load_backbone
+from vpt_peft.training.recipes import split_trainable
 from vpt_peft.training.saving import save_trained
 from vpt_peft.training.structure import find_blocks, find_final_norm, find_head
 
@@ -44,9 +46,24 @@ def build(make_arguments):
     def do(method, **given):
         arguments = make_arguments(method=method, **given)
         torch.manual_seed(0)
-        return build_model(arguments.model, arguments.method, LABELS)
+        model = build_model(arguments.model, arguments.method, LABELS)
+        # A new head is zero, and so would be all logits
+        for parameter in split_trainable(model)["head"].values():
+            nn.init.normal_(parameter, std=0.2)
+        return model
 
     return do
+
+
+@pytest.mark.parametrize("method", ["linear", "vpt"])
+def test_new_heads_begin_at_zero_and_fitting_ones_stay(make_arguments, images, method):
+    arguments = make_arguments(method=method)
+    new = build_model(arguments.model, arguments.method, LABELS)
+    assert not any(parameter.any() for parameter in split_trainable(new)["head"].values())
+    fitting = build_model(arguments.model, arguments.method, dict(enumerate("abcde")))
+    head = split_trainable(fitting)["head"]
+    stored = ViTForImageClassification.from_pretrained(arguments.model.model_name_or_path).classifier.weight
+    assert stored.any() and any(torch.equal(parameter, stored) for parameter in head.values())
 
 
 def some_steps(model, images, steps=3):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +11,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.modeling_utils import AttentionInterface
 
 from .quantized import allow_packing, forbid_packing
@@ -187,6 +188,21 @@ def trace_encoder(encoder: nn.Module, inputs: dict[str, Any]) -> Trace:
         for remover in removers:
             remover.remove()
     return recorder.trace
+
+
+def shaken(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, torch.Tensor]:
+    """Named parameters with some noise, for `torch.func.functional_call`; quantised ones are left out.
+
+    Weights that are zero (a new head, say) would hide what an output depends on.
+    """
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: parameter.detach() + 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter)
+        for name, parameter in parameters
+        if parameter.is_floating_point()
+        and parameter.element_size() > 1
+        and not is_traceable_wrapper_subclass(parameter)
+    }
 
 
 class _Reached(Exception):

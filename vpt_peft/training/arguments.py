@@ -76,8 +76,13 @@ class MethodArguments:
     attention_temperature: bool | None = field(
         default=None, metadata={"help": "gated_vpt: learn one attention temperature per block."}
     )
-    init_method: Literal["tokens", "class_token_final", "class_token_layerwise", "mean_pool", "kmeans"] | None = field(
-        default=None, metadata={"help": "Start the prompts from features of training images; not given: random."}
+    init_method: (
+        Literal["random", "tokens", "class_token_final", "class_token_layerwise", "mean_pool", "kmeans"] | None
+    ) = field(
+        default=None,
+        metadata={
+            "help": "Start of the prompts: random, or features of training images; not given: as the recipe says."
+        },
     )
 
     partial_blocks: int = field(default=1, metadata={"help": "partial: last blocks that train."})

@@ -62,7 +62,17 @@ _MAE_PROMPTS = {
 }
 # A head on stored features costs next to nothing, so it trains until it stops getting better
 _LINEAR = {"cache_features": True, "num_train_epochs": 100}
-SHOWN = DemoRun(SUPERVISED, "vpt", {**_SUPERVISED, "prompt_learning_rate": 0.005})
+SHOWN = DemoRun(
+    SUPERVISED,
+    "vpt",
+    {
+        **_SUPERVISED,
+        "prompt_learning_rate": 0.005,
+        "head_learning_rate": 0.01,
+        "prompt_dropout": 0.1,
+        "init_method": "random",
+    },
+)
 RUNS = (
     DemoRun(SUPERVISED, "linear", {**_SUPERVISED, **_LINEAR, "learning_rate": 0.01, "head_learning_rate": 0.01}),
     DemoRun(SUPERVISED, "vpt_shallow", {**_SUPERVISED, "prompt_learning_rate": 0.03}),

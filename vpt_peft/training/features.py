@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.func import functional_call
 
+from ..encoder.trace import shaken
 from .arguments import MethodArguments
-from .recipes import PROMPT_METHODS
+from .recipes import PROMPT_METHODS, split_trainable
 from .structure import Classifier, base_model, find_blocks, find_head
 
 
@@ -112,18 +114,19 @@ class FeatureFeed:
 
     @torch.no_grad()
     def check(self, pixel_values: torch.Tensor, features: torch.Tensor) -> None:
-        """Compare logits of images and of their features.
+        """Compare logits of images and of their features, with noise in the head, which may be zero.
 
         Raises:
             ValueError: they differ, so this model's blocks cannot be skipped.
         """
         self.model.eval()
-        expected = self.model(pixel_values=pixel_values).logits
+        head = shaken(split_trainable(self.model)["head"].items())
+        expected = functional_call(self.model, head, kwargs={"pixel_values": pixel_values}).logits
         try:
-            logits = self.model(**{FEATURES: features}).logits
+            logits = functional_call(self.model, head, kwargs={FEATURES: features}).logits
         except RuntimeError:
             self._one_blank = False
-            logits = self.model(**{FEATURES: features}).logits
+            logits = functional_call(self.model, head, kwargs={FEATURES: features}).logits
         difference = (logits - expected).abs().max().item()
         if not difference <= 1e-4 * max(1.0, expected.abs().max().item()):
             raise ValueError(

@@ -23,10 +23,10 @@ RECIPES = ("default", "vpt_paper", "gpt_paper")
 
 # Peak AdamW learning rates of the default recipe: what a method adds or unfreezes, then its head.
 _DEFAULT_RATES = {
-    "vpt": (1e-2, 5e-3),
+    "vpt": (3e-2, 1e-3),
     "vpt_shallow": (3e-2, 5e-3),
     "gated_vpt": (3e-2, 1e-2),
-    "linear": (2e-3, 2e-3),
+    "linear": (1e-3, 1e-3),
     "mlp": (1e-3, 1e-3),
     "full": (1e-4, 1e-3),
     "partial": (2e-4, 1e-3),
@@ -49,7 +49,7 @@ def recipe_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     method, recipe = given.get("method", "vpt"), given.get("recipe", "default")
     if recipe not in RECIPES:
         raise ValueError(f"recipe={recipe!r} is unknown; choose one of {', '.join(RECIPES)}.")
-    values = _paper_recipe(given, method, recipe) if recipe != "default" else _default_recipe(method)
+    values = _paper_recipe(given, method, recipe) if recipe != "default" else _default_recipe(given, method)
     if "learning_rate" in given or "base_learning_rate" in given:
         for name in ("learning_rate", "base_learning_rate", "prompt_learning_rate", "head_learning_rate"):
             values.pop(name, None)
@@ -59,7 +59,7 @@ def recipe_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in given}
 
 
-def _default_recipe(method: str) -> dict[str, Any]:
+def _default_recipe(given: Mapping[str, Any], method: str) -> dict[str, Any]:
     added, head = _DEFAULT_RATES.get(method, (1e-3, 1e-3))
     values: dict[str, Any] = {
         "optim": "adamw_torch",
@@ -73,6 +73,11 @@ def _default_recipe(method: str) -> dict[str, Any]:
     }
     if method in PROMPT_METHODS:
         values |= {"prompt_learning_rate": added, "prompt_weight_decay": 0.0}
+    if method == "vpt":
+        values["num_train_epochs"] = 10
+        # Prompts in all blocks that are random disturb what the backbone knows; tokens of real images hardly do
+        if given.get("prompt_location", "prepend") == "prepend" and "projection_dim" not in given:
+            values["init_method"] = "tokens"
     return values
 
 

@@ -78,7 +78,7 @@ def train(arguments: Arguments, with_test: bool = True) -> dict[str, float]:
     model = build_model(model_args, method, labels)
     counts = check_trainable(model, method.method)
     cut = find_cut(model, method, data_args.augmentation) if method.cache_features else None
-    if method.init_method is not None:
+    if method.init_method not in (None, "random"):
         start_prompts(model, rows["train"], method, training)
     output_dir = Path(training.output_dir or ".")
     with contextlib.ExitStack() as feed:

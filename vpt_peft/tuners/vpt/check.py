@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from vpt_peft.encoder import BlockSpec, EncoderSpec, submodule
 from vpt_peft.encoder.inputs import sample_inputs
 from vpt_peft.encoder.quantized import has_packed_weights, try_map
-from vpt_peft.encoder.trace import block_arguments, first_tensor, in_eval
+from vpt_peft.encoder.trace import block_arguments, first_tensor, in_eval, shaken
 
 from .config import VPTConfig
 from .plan import make_roles
@@ -124,7 +125,8 @@ def check_shortcuts(root: nn.Module, encoder: nn.Module, spec: EncoderSpec) -> E
     """`spec` with what work can be left out of a forward pass, see `shortcuts`.
 
     The whole model (where it does not run on images alone, its encoder) runs on a random input with shallow prompts,
-    plainly and with what is left out; every output must be the same.
+    plainly and with what is left out; every output must be the same. What runs from the last block on has noise in its
+    weights then.
     """
     last = spec.blocks[-1].attention
     special = root is not encoder and 0 < spec.prefix == len(spec.special) and last.uses_interface
@@ -149,12 +151,15 @@ def _outputs(
     model: nn.Module, encoder: nn.Module, spec: EncoderSpec, inputs: dict[str, Any]
 ) -> list[torch.Tensor] | None:
     """All tensors the model returns with shallow prompts; `None` where it fails."""
+    passed = {id(p) for block in spec.blocks[:-1] for p in submodule(encoder, block.path).parameters()}
+    noisy = shaken((name, p) for name, p in model.named_parameters() if id(p) not in passed)
     store = VPTPromptStore(spec, encoder, model)
     store.attach()
     try:
         with in_eval(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
             _activate(store, "shallow", VPTConfig(num_virtual_tokens=3, deep=False))
-            return [leaf for leaf in tree_leaves(model(**inputs)) if isinstance(leaf, torch.Tensor)]
+            output = functional_call(model, noisy, kwargs=inputs)
+            return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
     except Exception:  # not an input of the model, or nothing may be left out
         return None
     finally:
