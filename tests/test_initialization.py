@@ -41,6 +41,15 @@ def test_tokens_are_real_patch_tokens_of_their_block():
     assert torch.pdist(prompts_of(model, 0)).min() > 1e-3
 
 
+@pytest.mark.parametrize("fields", [{"pooling": "image_prompt"}, {"token_type": "class"}])
+def test_heads_that_read_prompts(fields):
+    model, data = prompted(**fields), batches()
+    initialize_prompts(model, data)
+    plain = prompted()
+    initialize_prompts(plain, data)
+    assert all(torch.equal(prompts_of(model, block), prompts_of(plain, block)) for block in range(3))
+
+
 @pytest.mark.parametrize(("method", "offset"), [("class_token_layerwise", 0), ("class_token_final", None)])
 def test_class_tokens(method, offset):
     model, data = prompted(), batches()
