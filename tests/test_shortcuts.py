@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,9 +14,12 @@ from architectures import draw
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft_fixtures import BLOCKS, CONFIGS, TOKENS, bare_vit, randomize, vit
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import (
     CLIPConfig,
     CLIPForImageClassification,
+    Data2VecVisionConfig,
+    Data2VecVisionForImageClassification,
     DeiTConfig,
     DeiTForImageClassification,
     Dinov2Config,
@@ -23,13 +27,17 @@ from transformers import (
     IJepaConfig,
     IJepaForImageClassification,
     PreTrainedModel,
+    ViTForImageClassification,
     ViTMSNConfig,
     ViTMSNForImageClassification,
     YolosConfig,
     YolosForObjectDetection,
 )
+from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from vpt_peft import GatedVPTConfig, VPTConfig
+from vpt_peft.attention.extras import cool
+from vpt_peft.encoder import find_encoder, submodule
 from vpt_peft.tuners.vpt import layer as layer_module
 from vpt_peft.tuners.vpt.store import VPTPromptStore, find_store
 
@@ -63,18 +71,20 @@ class Watch:
     def __init__(self, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
         self.tokens: list[int] = []
         self.insertions = 0
-        fc1 = the_store(model).layers[-1].block.mlp.fc1
-        forward, insert = fc1.forward, layer_module.insert_tokens
+        mlp: Any = the_store(model).layers[-1].block.mlp
+        forward, insert = type(mlp).forward, layer_module.insert_tokens
 
-        def seen(hidden: torch.Tensor) -> torch.Tensor:
-            self.tokens.append(hidden.shape[1])
-            return forward(hidden)
+        def seen(module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+            if module is mlp:
+                self.tokens.append(hidden.shape[1])
+            return forward(module, hidden)
 
         def counted(*args: Any) -> torch.Tensor:
             self.insertions += 1
             return insert(*args)
 
-        monkeypatch.setattr(fc1, "forward", seen)
+        # Of the class: a forward pass replaced on the module itself counts as an onlooker
+        monkeypatch.setattr(type(mlp), "forward", seen)
         monkeypatch.setattr(layer_module, "insert_tokens", counted)
 
 
@@ -210,10 +220,9 @@ def test_without_adapters_nothing_is_left_out(monkeypatch: pytest.MonkeyPatch):
     model = prompted(vit(), CONFIGS["deep"]()).eval()
     watch = Watch(model, monkeypatch)
     with model.disable_adapter():
-        inner = model.get_base_model()
-        assert torch.equal(inner.vit(images()).last_hidden_state, inner.vit(images()).last_hidden_state)
         model(images())
-    assert watch.tokens == [TOKENS] * 3
+    model(images())
+    assert watch.tokens == [TOKENS, 1]
 
 
 def test_backbone_in_training_mode_runs_in_full(monkeypatch: pytest.MonkeyPatch):
@@ -274,19 +283,153 @@ def test_biases_of_the_backbone_train(monkeypatch: pytest.MonkeyPatch):
     assert largest_difference(short, results(model)) < EXACT
 
 
-def test_failed_calls_leave_nothing_behind():
-    model = prompted(vit(), CONFIGS["deep"]()).eval()
-    expected = model(images()).logits
-    with pytest.raises(TypeError):
-        model.get_base_model()(
-            images(), labels=None, interpolate_pos_encoding=None, attention_mask=None, pixel_values=1
-        )
-    with pytest.raises(ValueError, match="size"):
-        model(images()[..., :-8])
-    batch = images()
+def test_failed_passes_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch):
+    model = get_peft_model(vit(), CONFIGS["shallow"]())
+    # Takes other prompts in the block behind the one that fails
+    own = VPTConfig(num_virtual_tokens=2, layers_to_transform=[1], propagate=False, implementation="token")
+    model.add_adapter("own", own)
+    model = randomize(model, seed=3).eval()
+    base, batch = model.get_base_model(), images()
+    model.set_adapter("own")
+    expected = model(batch).logits
+    model.set_adapter("default")
+    attention = type(base.vit.layers[1].attention)
+    forward = attention.forward
+
+    def fails(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if module is base.vit.layers[1].attention:
+            raise MemoryError
+        return forward(module, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(attention, "forward", fails)
+        with pytest.raises(MemoryError):
+            model(batch)
+    model.set_adapter("own")
     assert torch.equal(model(batch).logits, expected)
     # The caller's own tensor is not marked
-    assert model.get_base_model().vit(batch).last_hidden_state.shape[1] == TOKENS
+    assert base.vit(batch).last_hidden_state.shape[1] == TOKENS
+
+
+def test_the_mark_of_a_call_serves_once():
+    model = prompted(vit(), CONFIGS["deep"]()).eval()
+    base = model.get_base_model()
+    kept: list[torch.Tensor] = []
+    base.register_forward_hook(lambda module, args, output: kept.append(module.vit(args[0]).last_hidden_state))
+    model(images())
+    assert kept[0].shape[1] == TOKENS
+
+
+ONLOOKERS: dict[str, Callable[[PreTrainedModel], Callable[[], None]]] = {
+    "hook_on_norm": lambda base: base.vit.layernorm.register_forward_hook(lambda *_: None).remove,
+    "hook_on_first_block": lambda base: base.vit.layers[0].register_forward_hook(lambda *_: None).remove,
+    "backward_hook": lambda base: base.vit.layers[-1].register_full_backward_hook(lambda *_: None).remove,
+    "hook_on_all_modules": lambda base: register_module_forward_hook(lambda *_: None).remove,
+}
+
+
+@pytest.mark.parametrize("look", ONLOOKERS)
+def test_onlookers(look: str, monkeypatch: pytest.MonkeyPatch):
+    model = prompted(vit(), CONFIGS["shallow"]())
+    watch = Watch(model, monkeypatch)
+    go = ONLOOKERS[look](model.get_base_model())
+    results(model)
+    watched = watch.tokens == [TOKENS], watch.insertions == BLOCKS - 1
+    assert watched == {"hook_on_norm": (True, False), "hook_on_first_block": (False, True)}.get(look, (True, True))
+    go()
+    results(model)
+    assert watch.tokens[-1] == 1
+
+
+@pytest.mark.parametrize("look", [*ONLOOKERS, "hidden_states", "checkpointing"])
+@pytest.mark.parametrize("name", ["vit", "dinov2", "yolos_positions_between"])
+def test_onlookers_while_prompts_are_attached(name: str, look: str):
+    """What was found out while somebody looked is right when nobody looks any more."""
+    model = randomize(READERS[name][0]()).double().eval()
+    if look == "checkpointing":
+        model.gradient_checkpointing_enable()
+    elif look == "hidden_states":
+        model.config.output_hidden_states = True
+    encoder = getattr(model, "vit", None) or getattr(model, "dinov2", None)
+    seen = nn.Module()
+    seen.vit = nn.Module()
+    seen.vit.layernorm, seen.vit.layers = encoder.layernorm, list(encoder.modules())[-1:]
+    seen.vit.layers = [submodule(encoder, block.path) for block in find_encoder(model).blocks]
+    go = ONLOOKERS[look](seen) if look in ONLOOKERS else None
+    adapted = randomize(get_peft_model(model, CONFIGS["shallow"]()), seed=3, trainable_only=True).eval()
+    if go is not None:
+        go()
+    model.gradient_checkpointing_disable()
+    model.config.output_hidden_states = False
+    short = adapted(pixel_values=images()).logits
+    store = the_store(adapted)
+    store.spec = replace(store.spec, joins=False, reads_special=False)
+    assert (adapted(pixel_values=images()).logits - short).abs().max() < EXACT
+
+
+def test_norm_that_trains_is_watched_too(monkeypatch: pytest.MonkeyPatch):
+    model = prompted(vit(), VPTConfig(num_virtual_tokens=4, modules_to_save=["classifier", "layernorm"]))
+    watch = Watch(model, monkeypatch)
+    model(images())
+    seen: list[int] = []
+    model.get_base_model().vit.layernorm.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
+    model(images())
+    assert watch.tokens == [1, TOKENS] and seen == [TOKENS]
+
+
+class ReadsPatchesInTraining(ViTForImageClassification):
+    """A model of a user."""
+
+    def forward(self, pixel_values: torch.Tensor, tokens: bool = False, **given: Any) -> Any:
+        hidden = self.vit(pixel_values).last_hidden_state
+        read = hidden.mean(1) if self.training else hidden[:, 0]
+        return hidden if tokens else SemanticSegmenterOutput(logits=self.classifier(read))
+
+
+def test_models_of_users_run_in_full():
+    model = ReadsPatchesInTraining(vit().config).double()
+    assert not the_store(get_peft_model(model, CONFIGS["deep"]())).spec.reads_special
+
+
+@pytest.mark.parametrize("given", [{"output_attentions": True}, {"unknown": 3}])
+def test_calls_that_ask_for_more_run_in_full(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    model = prompted(vit(), CONFIGS["deep"]()).eval()
+    watch = Watch(model, monkeypatch)
+    model(images(), **given)
+    model(images(), labels=torch.tensor([0, 1, 2]), num_items_in_batch=3)
+    assert watch.tokens == [TOKENS, 1]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_little_is_read_in_low_precision(dtype: torch.dtype, share: float, monkeypatch: pytest.MonkeyPatch):
+    """What the head reads is found out exactly, whatever the precision."""
+    model = vit(dtype=dtype)
+    forward = type(model.vit).forward
+
+    @functools.wraps(forward)
+    def blended(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        hidden = output.last_hidden_state
+        mean = hidden[:, 1:].mean(1, keepdim=True) if hidden.shape[1] > 1 else 0.0
+        output.last_hidden_state = torch.cat([hidden[:, :1] + share * mean, hidden[:, 1:]], dim=1) if share else hidden
+        return output
+
+    monkeypatch.setattr(type(model.vit), "forward", blended)
+    assert the_store(get_peft_model(model, CONFIGS["deep"]())).spec.reads_special == (share == 0.0)
+
+
+def test_encoders_that_collect_by_hand():
+    model = Data2VecVisionForImageClassification(Data2VecVisionConfig(**SIZES, num_labels=5)).double().eval()
+    adapted = get_peft_model(model, CONFIGS["shallow"]()).eval()
+    shown = adapted(pixel_values=images(), output_hidden_states=True).hidden_states
+    assert [hidden.shape[1] for hidden in shown] == [TOKENS] * (BLOCKS + 1)
+
+
+def test_temperatures_under_transforms():
+    query, temperature = draw(4, 2, 5, 3, seed=2).double(), torch.tensor([0.7], dtype=torch.float64).view(1, 1, 1, 1)
+    plain = query / temperature
+    assert torch.equal(torch.func.vmap(lambda row: cool(row[None], temperature)[0])(query), plain)
 
 
 def test_calls_of_model_and_encoder_at_the_same_time():
@@ -319,6 +462,7 @@ def _clip() -> PreTrainedModel:
 
 # The model, and whether its output depends on special tokens alone
 READERS: dict[str, tuple[Callable[[], PreTrainedModel], bool]] = {
+    "vit": (vit, True),
     "deit": (lambda: DeiTForImageClassification(DeiTConfig(**SIZES, num_labels=5)), True),
     "vit_msn": (lambda: ViTMSNForImageClassification(ViTMSNConfig(**SIZES, num_labels=5)), True),
     "dinov2": (lambda: Dinov2ForImageClassification(Dinov2Config(**SIZES, num_labels=5)), False),

@@ -60,6 +60,8 @@ class _Cool(torch.autograd.Function):
     The gradient is computed from the result, which the attention keeps anyway; torch's own would keep the queries too.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(query: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         return query / temperature
@@ -69,9 +71,11 @@ class _Cool(torch.autograd.Function):
         ctx.save_for_backward(output, inputs[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:  # type: ignore[override]
         cooled, temperature = ctx.saved_tensors
-        return grad / temperature, (grad * cooled).sum_to_size(temperature.shape) / -temperature
+        learns = ctx.needs_input_grad[1]
+        of_temperature = (grad * cooled).sum_to_size(temperature.shape) / -temperature if learns else None
+        return grad / temperature, of_temperature
 
 
 def cool(query: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:

@@ -136,12 +136,12 @@ def _begin_at_zero(model: PreTrainedModel, drawn: Collection[str]) -> None:
     All classes are alike then. Random ones send their noise into the prompts for as long as they last, and cost accuracy
     where images are few.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module.out_features == model.config.num_labels:
-            if f"{name}.weight" in drawn:
-                nn.init.zeros_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+    for path, head in find_head(model).items():
+        linears = [(name, module) for name, module in head.named_modules() if isinstance(module, nn.Linear)]
+        name, output_layer = linears[-1]
+        if ".".join(filter(None, (path, name, "weight"))) in drawn:
+            for parameter in output_layer.parameters():
+                nn.init.zeros_(parameter)
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def _default_recipe(given: Mapping[str, Any], method: str) -> dict[str, Any]:
     if method == "vpt":
         values["num_train_epochs"] = 10
         # Prompts in all blocks that are random disturb what the backbone knows; tokens of real images hardly do
-        if given.get("prompt_location", "prepend") == "prepend" and "projection_dim" not in given:
+        if given.get("prompt_location", "prepend") == "prepend" and not given.get("projection_dim"):
             values["init_method"] = "tokens"
     return values
 

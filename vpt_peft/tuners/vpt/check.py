@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,12 +14,13 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from vpt_peft.encoder import BlockSpec, EncoderSpec, submodule
-from vpt_peft.encoder.inputs import sample_inputs
+from vpt_peft.encoder.inputs import IMAGE_INPUTS, sample_inputs
 from vpt_peft.encoder.quantized import has_packed_weights, try_map
 from vpt_peft.encoder.trace import block_arguments, first_tensor, in_eval, shaken
 
 from .config import VPTConfig
 from .plan import make_roles
+from .sequence import replace_tokens
 from .store import VPTPromptStore
 
 
@@ -124,21 +126,28 @@ def _run(
 def check_shortcuts(root: nn.Module, encoder: nn.Module, spec: EncoderSpec) -> EncoderSpec:
     """`spec` with what work can be left out of a forward pass, see `shortcuts`.
 
-    The whole model (where it does not run on images alone, its encoder) runs on a random input with shallow prompts,
-    plainly and with what is left out; every output must be the same. What runs from the last block on has noise in its
-    weights then.
+    The whole model (where it does not run on images alone, its encoder) runs on a random input with shallow prompts and
+    some noise in the weights behind the last block. First the last block's other tokens are changed: where every output
+    stays exactly the same, none depends on them. Then work is left out, whoever looks; every output must stay the same
+    to rounding.
     """
-    last = spec.blocks[-1].attention
-    special = root is not encoder and 0 < spec.prefix == len(spec.special) and last.uses_interface
-    special = special and last.key is not None and not any(map(has_packed_weights, encoder.modules()))
     if not all(block.takes_tokens for block in spec.blocks):
         return spec
+    last = spec.blocks[-1].attention
+    # Models of the user may read other tokens in other modes and calls than the one that is tried
+    special = type(root).__module__.startswith("transformers.") and root is not encoder
+    special = special and 0 < spec.prefix == len(spec.special) and last.uses_interface and last.key is not None
+    special = special and not any(map(has_packed_weights, encoder.modules()))
+    takes_images = getattr(root, "main_input_name", None) in IMAGE_INPUTS
     for inputs in sample_inputs(encoder):
-        for model in dict.fromkeys((root, encoder)):
+        for model in dict.fromkeys((root, encoder) if takes_images else (encoder,)):
             plain = _outputs(model, encoder, spec, inputs)
             if plain is None:
                 continue
             alone = special and model is root
+            if alone:
+                changed = _outputs(model, encoder, spec, inputs, change_others=True)
+                alone = changed is not None and all(map(torch.equal, plain, changed))
             for joins, reads_special in ((True, alone), (True, False), (False, alone)):
                 tried = replace(spec, joins=joins, reads_special=reads_special)
                 if _are_equal(plain, _outputs(model, encoder, tried, inputs)):
@@ -148,22 +157,44 @@ def check_shortcuts(root: nn.Module, encoder: nn.Module, spec: EncoderSpec) -> E
 
 
 def _outputs(
-    model: nn.Module, encoder: nn.Module, spec: EncoderSpec, inputs: dict[str, Any]
+    model: nn.Module, encoder: nn.Module, spec: EncoderSpec, inputs: dict[str, Any], change_others: bool = False
 ) -> list[torch.Tensor] | None:
-    """All tensors the model returns with shallow prompts; `None` where it fails."""
-    passed = {id(p) for block in spec.blocks[:-1] for p in submodule(encoder, block.path).parameters()}
-    noisy = shaken((name, p) for name, p in model.named_parameters() if id(p) not in passed)
+    """All tensors the model returns with shallow prompts; `None` where it fails, or left out less than `spec` says.
+
+    Args:
+        change_others: Put other numbers in the place of what the last block makes of all but the special tokens.
+    """
     store = VPTPromptStore(spec, encoder, model)
     store.attach()
+    store.trying = True
+    handles = []
+    if change_others:
+        change = partial(_change_others, spec.prefix)
+        handles.append(submodule(encoder, spec.blocks[-1].path).register_forward_hook(change))
     try:
+        passed = {id(p) for block in spec.blocks[:-1] for p in submodule(encoder, block.path).parameters()}
+        noisy = shaken((name, p) for name, p in model.named_parameters() if id(p) not in passed)
         with in_eval(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
             _activate(store, "shallow", VPTConfig(num_virtual_tokens=3, deep=False))
             output = functional_call(model, noisy, kwargs=inputs)
-            return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        if store.left_out != {name for name in ("joins", "reads_special") if getattr(spec, name)}:
+            return None
+        return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
     except Exception:  # not an input of the model, or nothing may be left out
         return None
     finally:
+        for handle in handles:
+            handle.remove()
         store.detach()
+
+
+def _change_others(special: int, block: nn.Module, args: tuple, output: Any) -> Any:
+    """Forward hook of a block: everything behind the special tokens becomes large and alike."""
+    hidden = first_tensor(output)
+    if hidden is None:
+        raise ValueError("the block returns no tensor")
+    changed = torch.cat([hidden[:, :special], torch.full_like(hidden[:, special:], 10.0)], dim=1)
+    return replace_tokens(output, changed)
 
 
 def _are_equal(plain: list[torch.Tensor], shortened: list[torch.Tensor] | None) -> bool:

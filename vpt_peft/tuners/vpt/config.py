@@ -118,8 +118,9 @@ class VPTConfig(PeftConfig):
     skip_unread: bool = field(
         default=True,
         metadata={
-            "help": "Where the model's output depends on the class token alone and nobody looks at the others (no hooks, "
-            "no hidden states), the last block makes only that."
+            "help": "Where the output of a transformers model depends on the class token alone and nobody looks at the "
+            "others (no hooks, no hidden states), the last block makes only that. Where this holds is found out when "
+            "the first adapter is attached; whoever exchanges parts of the model later turns it off."
         },
     )
     base_in_eval: bool = field(
@@ -128,8 +129,8 @@ class VPTConfig(PeftConfig):
     self_check: bool = field(
         default=True,
         metadata={
-            "help": "Compare keys/values with tokens on a random input when prompts are attached, and try out what work "
-            "can be left out; False leaves out none."
+            "help": "Compare keys/values with tokens on a random input when the first prompts are attached, and try out "
+            "what work can be left out; False leaves out none."
         },
     )
     backbone: str | None = field(

@@ -214,7 +214,10 @@ class VPTLayer(nn.Module, PromptTunerLayer):
             tokens = hidden.shape[1] - self.inserted
             kwargs = widen_positions(kwargs, tokens, self.after, self.inserted)
             args = (args[0], *widen_positions(args[1:], tokens, self.after, self.inserted)) if args else args
-        elif unread and reads_special_only(playing, args[1:], {k: v for k, v in kwargs.items() if k != argument}):
+        elif unread and reads_special_only(
+            self.store, playing, args[1:], {k: v for k, v in kwargs.items() if k != argument}
+        ):
+            self.store.note("reads_special")
             kwargs = {**kwargs, ALL_TOKENS: hidden}
             hidden = hidden[:, : self.after]
         if hidden is original and not self.inserted:
@@ -268,8 +271,9 @@ class VPTLayer(nn.Module, PromptTunerLayer):
         if following == len(self.store.layers):
             return False
         then = self.store.layers[following]
-        then.arrived = self.store.joins and self.mixed is None and not is_collected()
+        then.arrived = self.store.joins and self.mixed is None and (self.store.trying or not is_collected())
         if then.arrived:
+            self.store.note("joins")
             flowing = [(name, role.mode, role.source) for name, role in then.playing() if role.mode is not None]
             then.arrived = flowing == [(name, "token", None) for name, _ in among]
         return then.arrived

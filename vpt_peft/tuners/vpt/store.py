@@ -22,7 +22,7 @@ from .modes import freeze_modes, is_checkpointing, is_reentrant
 from .plan import make_roles, prompted_blocks
 from .pooling import attach_pooling, detach_pooling
 from .prompts import ElementwiseGate, PromptSet, ScalarGate, Temperature
-from .shortcuts import UNREAD, is_watched_between, leaves_unread, of_whole_model
+from .shortcuts import UNREAD, leaves_unread, lets_join, mark_images, take_mark
 
 
 PARTS = ("prompts", "projection", "patch_embedding", "gates", "temperatures")
@@ -56,6 +56,9 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
         self.configs: dict[str, VPTConfig] = {}
         self.final: dict[str, torch.Tensor] = {}
         self.checkpointing = self.reentrant = self.joins = False
+        # While work that can be left out is tried, onlookers do not count, and what was left out is noted
+        self.trying = False
+        self.left_out: set[str] = set()
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
@@ -84,7 +87,7 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
         self.encoder.__dict__["_prompt_store"] = self
         self._handles = [self.encoder.register_forward_pre_hook(enter_encoder, with_kwargs=True)]
         if self.root is not self.encoder:
-            self._handles.append(self.root.register_forward_pre_hook(enter_root, with_kwargs=True))
+            self._handles.append(self.root.register_forward_pre_hook(mark_images, with_kwargs=True))
         self._handles += pixels.attach_patch_embedding(self)
         self._handles += attach_pooling(self)
         self._unpacked = tuple(forbid_packing(self.root))
@@ -267,6 +270,11 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
         """The attention temperature of one block, a tensor of one element."""
         return self.part(name, "temperatures", str(index))()
 
+    def note(self, what: str) -> None:
+        """Note what was left out, while that is tried."""
+        if self.trying:
+            self.left_out.add(what)
+
     def receive(self, name: str, index: int, prompts: torch.Tensor) -> None:
         """Take prompts for block `index`, or for the head behind the last block."""
         if index < len(self.layers):
@@ -288,13 +296,15 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
         for name in active:
             for temperature in (self.part(name, "temperatures") or nn.ModuleDict()).values() if grad else ():
                 temperature.clamp_stored()  # type: ignore[operator]
-        paths = tuple(block.path for block in self.spec.blocks)
-        self.joins = self.spec.joins and not self.checkpointing and not is_watched_between(self.encoder, paths)
-        images = pixels.images_of(args, kwargs)
+        self.joins = lets_join(self, kwargs)
+        for layer in self.layers:
+            # A pass that failed may have left prompts on their way
+            layer.arrived = False
+        marked = take_mark(pixels.images_of(args, kwargs))
         changed = pixels.enter_image(self, active, args, kwargs)
         if self.reentrant and active:
             changed = pixels.require_input_grad(*(changed or (args, kwargs)))
-        if leaves_unread(self, images, kwargs):
+        if leaves_unread(self, marked, kwargs):
             args, kwargs = changed or (args, kwargs)
             changed = args, {**kwargs, UNREAD: True}
         return changed
@@ -306,15 +316,6 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
 def enter_encoder(encoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Forward pre-hook of the encoder."""
     return encoder.__dict__["_prompt_store"].enter(args, kwargs)
-
-
-def enter_root(root: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """Forward pre-hook of the whole model: its images are marked for the encoder."""
-    store: Any = root.prompt_tuner
-    images = pixels.images_of(args, kwargs)
-    if not store.spec.reads_special or not isinstance(images, torch.Tensor):
-        return None
-    return pixels.exchange_images(args, kwargs, of_whole_model(images))
 
 
 def find_store(model: nn.Module) -> VPTPromptStore | None:
