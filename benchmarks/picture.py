@@ -11,8 +11,8 @@ from .subjects import FLOOR, METHODS
 
 
 COLOURS = {
-    "deep_kv": "#0b5fa5", "deep_merged": "#5aa9e6", "deep_token": "#c2410c", "shallow": "#6b7280", "gated": "#15803d",
-    "gated_loop": "#a3b18a",
+    "deep_kv": "#0b5fa5", "deep_kv_whole": "#0d9488", "deep_merged": "#5aa9e6", "deep_token": "#c2410c",
+    "shallow": "#6b7280", "gated": "#15803d", "gated_loop": "#a3b18a",
 }  # fmt: skip
 LEVELS: dict[str, dict[str, Any]] = {
     "lora": {"color": "#7c3aed", "linestyle": "--"}, "bias": {"color": "#b45309", "linestyle": ":"},
