@@ -48,9 +48,11 @@ def start(make_arguments):
 )
 def test_result_is_the_same_as_without(run, tmp_path, given):
     results = []
+    # AdamW divides gradients by their size, and so makes rounding as large as its steps where they are close to zero
+    given = {**given, "optim": "sgd", "learning_rate": 0.3, "num_train_epochs": 3}
     for flags in ({}, {"cache_features": True, "feature_cache_dir": str(tmp_path / "cache")}):
         out = tmp_path / f"out{len(results)}"
-        metrics, _ = run(output_dir=str(out), num_train_epochs=2, **given, **flags)
+        metrics, _ = run(output_dir=str(out), **given, **flags)
         (path,) = out.glob("*.safetensors")
         results.append((load_file(path), metrics))
     (plain, expected), (cached, found) = results
