@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +20,13 @@ from vpt_peft.attention import (
 )
 from vpt_peft.encoder import BlockSpec, submodule
 
-from .mixed import MixedBatch, additive
+from .mixed import MixedBatch, additive, spread_heads
 from .modes import HOOKS_ARE_CHECKPOINTED
 from .plan import Role
 from .sequence import (
     insert_tokens,
     is_collected,
+    join,
     keep_initial_hidden_state,
     replace_tokens,
     split_tokens,
@@ -340,8 +340,8 @@ class VPTLayer(nn.Module, PromptTunerLayer):
         if not as_keys:
             return
         made = {name: self.key_values(name, role, dtype) for name, role in as_keys}
-        extras.keys, hidden = _spread_heads(mixed, {name: pair[0] for name, pair in made.items()})
-        extras.values, _ = _spread_heads(mixed, {name: pair[1] for name, pair in made.items()})
+        extras.keys, hidden = spread_heads(mixed, {name: pair[0] for name, pair in made.items()})
+        extras.values, _ = spread_heads(mixed, {name: pair[1] for name, pair in made.items()})
         extras.mask = None if hidden is None else additive(hidden, mask_dtype)
 
     def merge_prompts(self, names: list[str]) -> None:
@@ -389,21 +389,6 @@ class VPTLayer(nn.Module, PromptTunerLayer):
     def extra_repr(self) -> str:
         roles = ", ".join(f"{name}: {role.mode}" for name, role in self.roles.items())
         return f"block={self.index}, {roles}"
-
-
-def _spread_heads(mixed: MixedBatch, parts: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Keys or values per adapter `(sets, heads, prompts, head_dim)` spread over the images of a mixed batch."""
-    heads = next(iter(parts.values())).shape[1]
-    spread, hidden = mixed.spread({name: part.transpose(1, 2).flatten(2) for name, part in parts.items()})
-    return spread.unflatten(-1, (heads, -1)).transpose(1, 2), hidden
-
-
-def join(parts: Sequence[torch.Tensor], dim: int = -2) -> torch.Tensor:
-    """Parts `(batch or 1, ...)` one after the other along `dim`."""
-    if len(parts) == 1:
-        return parts[0]
-    rows = max(part.shape[0] for part in parts)
-    return torch.cat([part.expand(rows, *part.shape[1:]) for part in parts], dim=dim)
 
 
 def enter_block(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:

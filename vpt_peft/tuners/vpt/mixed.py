@@ -71,6 +71,13 @@ class MixedBatch:
         return self.flatten(parts)[0][places], hidden
 
 
+def spread_heads(mixed: MixedBatch, parts: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Keys or values per adapter `(sets, heads, prompts, head_dim)` spread over the images of a mixed batch."""
+    heads = next(iter(parts.values())).shape[1]
+    spread, hidden = mixed.spread({name: part.transpose(1, 2).flatten(2) for name, part in parts.items()})
+    return spread.unflatten(-1, (heads, -1)).transpose(1, 2), hidden
+
+
 def additive(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """An additive attention mask `(batch, 1, 1, places)` from a boolean one `(batch, places)`."""
     mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)

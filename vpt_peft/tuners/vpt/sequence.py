@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,14 @@ try:
     from transformers.utils.output_capturing import _active_collector
 except ImportError:  # the collector has moved: hidden_states[0] then shows the prompts, nothing else depends on it
     _active_collector = None  # type: ignore[assignment]
+
+
+def join(parts: Sequence[torch.Tensor], dim: int = -2) -> torch.Tensor:
+    """Parts `(batch or 1, ...)` one after the other along `dim`."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = max(part.shape[0] for part in parts)
+    return torch.cat([part.expand(rows, *part.shape[1:]) for part in parts], dim=dim)
 
 
 def insert_tokens(hidden: torch.Tensor, prompts: list[torch.Tensor], position: int) -> torch.Tensor:
