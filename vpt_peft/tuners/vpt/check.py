@@ -139,29 +139,41 @@ def check_shortcuts(root: nn.Module, encoder: nn.Module, spec: EncoderSpec) -> E
     special = special and 0 < spec.prefix == len(spec.special) and last.uses_interface and last.key is not None
     special = special and not any(map(has_packed_weights, encoder.modules()))
     takes_images = getattr(root, "main_input_name", None) in IMAGE_INPUTS
+    passed = {id(p) for block in spec.blocks[:-1] for p in submodule(encoder, block.path).parameters()}
+    noisy = {
+        model: shaken((name, p) for name, p in model.named_parameters() if id(p) not in passed)
+        for model in dict.fromkeys((root, encoder) if takes_images else (encoder,))
+    }
     for inputs in sample_inputs(encoder):
-        for model in dict.fromkeys((root, encoder) if takes_images else (encoder,)):
-            plain = _outputs(model, encoder, spec, inputs)
+        for model, weights in noisy.items():
+            run = partial(_outputs, model, encoder, weights, inputs)
+            plain = run(spec)
             if plain is None:
                 continue
             alone = special and model is root
             if alone:
-                changed = _outputs(model, encoder, spec, inputs, change_others=True)
+                changed = run(spec, change_others=True)
                 alone = changed is not None and all(map(torch.equal, plain, changed))
             for joins, reads_special in ((True, alone), (True, False), (False, alone)):
                 tried = replace(spec, joins=joins, reads_special=reads_special)
-                if _are_equal(plain, _outputs(model, encoder, tried, inputs)):
+                if _are_equal(plain, run(tried)):
                     return tried
             return spec
     return spec
 
 
 def _outputs(
-    model: nn.Module, encoder: nn.Module, spec: EncoderSpec, inputs: dict[str, Any], change_others: bool = False
+    model: nn.Module,
+    encoder: nn.Module,
+    weights: dict[str, torch.Tensor],
+    inputs: dict[str, Any],
+    spec: EncoderSpec,
+    change_others: bool = False,
 ) -> list[torch.Tensor] | None:
     """All tensors the model returns with shallow prompts; `None` where it fails, or left out less than `spec` says.
 
     Args:
+        weights: Take the place of the model's own, by name.
         change_others: Put other numbers in the place of what the last block makes of all but the special tokens.
     """
     store = VPTPromptStore(spec, encoder, model)
@@ -172,11 +184,9 @@ def _outputs(
         change = partial(_change_others, spec.prefix)
         handles.append(submodule(encoder, spec.blocks[-1].path).register_forward_hook(change))
     try:
-        passed = {id(p) for block in spec.blocks[:-1] for p in submodule(encoder, block.path).parameters()}
-        noisy = shaken((name, p) for name, p in model.named_parameters() if id(p) not in passed)
         with in_eval(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
             _activate(store, "shallow", VPTConfig(num_virtual_tokens=3, deep=False))
-            output = functional_call(model, noisy, kwargs=inputs)
+            output = functional_call(model, weights, kwargs=inputs)
         if store.left_out != {name for name in ("joins", "reads_special") if getattr(spec, name)}:
             return None
         return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]

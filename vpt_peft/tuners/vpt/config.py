@@ -247,6 +247,11 @@ class VPTConfig(PeftConfig):
             raise ValueError("share_prompts=True needs several prompted blocks: set deep=True or layers_to_transform.")
 
     @property
+    def pools(self) -> bool:
+        """Whether the head reads a mean that is made for it, in place of what it reads without prompts."""
+        return self.pooling not in (None, "class") or self.token_type == "class"
+
+    @property
     def reads_prompts(self) -> bool:
         """Whether the head reads what the last block makes of the prompts."""
         return self.pooling in ("prompt", "image_prompt") or self.token_type == "class"

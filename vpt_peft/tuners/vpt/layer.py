@@ -25,14 +25,13 @@ from .modes import HOOKS_ARE_CHECKPOINTED
 from .plan import Role
 from .sequence import (
     insert_tokens,
-    is_collected,
     join,
     keep_initial_hidden_state,
     replace_tokens,
     split_tokens,
     widen_positions,
 )
-from .shortcuts import UNREAD, reads_special_only
+from .shortcuts import UNREAD, is_seen, reads_special_only
 
 
 if TYPE_CHECKING:
@@ -271,11 +270,11 @@ class VPTLayer(nn.Module, PromptTunerLayer):
         if following == len(self.store.layers):
             return False
         then = self.store.layers[following]
-        then.arrived = self.store.joins and self.mixed is None and (self.store.trying or not is_collected())
+        then.arrived = self.store.joins and self.mixed is None and not is_seen(self.store)
         if then.arrived:
-            self.store.note("joins")
             flowing = [(name, role.mode, role.source) for name, role in then.playing() if role.mode is not None]
             then.arrived = flowing == [(name, "token", None) for name, _ in among]
+        self.store.note("joins", then.arrived)
         return then.arrived
 
     def hand_on(self, name: str, role: Role, prompts: torch.Tensor) -> torch.Tensor:

@@ -19,9 +19,8 @@ def pooled_names(store: VPTPromptStore, before_norm: bool) -> list[str]:
     names = []
     for name in store.active_names():
         config = store.configs.get(name)
-        if config is not None and (config.pooling not in (None, "class") or config.token_type == "class"):
-            if config.pool_before_norm == before_norm:
-                names.append(name)
+        if config is not None and config.pools and config.pool_before_norm == before_norm:
+            names.append(name)
     return names
 
 

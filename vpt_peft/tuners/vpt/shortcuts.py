@@ -90,10 +90,10 @@ def leaves_unread(store: VPTPromptStore, marked: bool, kwargs: dict[str, Any]) -
     if store.checkpointing or store.layers[-1].block.training or _asks_for_states(store.encoder, kwargs):
         return False
     configs = [store.configs[name] for name in store.active_names() if name in store.configs]
-    if not configs or not all(c.skip_unread and c.pooling in (None, "class") and not c.reads_prompts for c in configs):
+    if not configs or not all(config.skip_unread and not config.pools for config in configs):
         return False
-    config: Any = store.encoder.config
-    if (config._attn_implementation or "eager") not in _ATTENTIONS:
+    attention = getattr(store.encoder.config, "_attn_implementation", None) or "eager"
+    if attention not in _ATTENTIONS:
         return False
     return not is_watched_at_end(store.encoder, store.root, store.spec.blocks[-1].path)
 
@@ -104,12 +104,17 @@ def _asks_for_states(encoder: Any, kwargs: dict[str, Any]) -> bool:
     return any(kwargs.get(name) or getattr(encoder.config, name, False) for name in wanted)
 
 
+def is_seen(store: VPTPromptStore) -> bool:
+    """Whether transformers collects what blocks give in the pass that runs; while things are tried, nobody counts."""
+    return not store.trying and is_collected()
+
+
 def reads_special_only(store: VPTPromptStore, playing: Playing, args: tuple, kwargs: dict[str, Any]) -> bool:
     """Whether the last block can make its special tokens alone, from the arguments behind its tokens.
 
     Masks, biases and rotary tables are made for all tokens; without them no token has a place of its own.
     """
-    if not store.trying and is_collected() or not all(role.mode in (None, "kv", "add") for _, role in playing):
+    if is_seen(store) or not all(role.mode in (None, "kv", "add") for _, role in playing):
         return False
     others: Iterable[Any] = [*args, *kwargs.values()]
     return all(value is None or isinstance(value, (bool, int, float, str)) for value in others)

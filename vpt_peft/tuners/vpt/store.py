@@ -270,9 +270,9 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
         """The attention temperature of one block, a tensor of one element."""
         return self.part(name, "temperatures", str(index))()
 
-    def note(self, what: str) -> None:
+    def note(self, what: str, left_out: bool = True) -> None:
         """Note what was left out, while that is tried."""
-        if self.trying:
+        if self.trying and left_out:
             self.left_out.add(what)
 
     def receive(self, name: str, index: int, prompts: torch.Tensor) -> None:
