@@ -32,11 +32,12 @@ def test_only_those_named_or_trainable_stay(name: str):
     model = several(name)
     before, parameters = entries(model), {n: id(p) for n, p in model.named_parameters()}
     model.base_model.set_requires_grad("third")
-    with set_others_aside(model, ["second", "first"]):
-        inside = entries(model)
-        assert all(set(found) <= {"first", "second", "third"} for found in inside.values())
-        assert any("third" in found for found in inside.values())
-        assert not any(".fourth." in n for n, _ in model.named_parameters())
+    for trainable, stay in ((False, {"first", "second", "third"}), (True, {"first", "second"})):
+        with set_others_aside(model, ["second", "first"], trainable):
+            found = set().union(*entries(model).values())
+            assert found & set(NAMES) == stay
+            names = {n for n, _ in model.named_parameters()}
+            assert not any(f".{other}." in n for n in names for other in set(NAMES) - stay)
     assert entries(model) == before
     assert {n: id(p) for n, p in model.named_parameters()} == parameters
 

@@ -120,6 +120,20 @@ def test_load_beside_another_kind(other: str, tmp_path: Path):
     assert torch.equal(logits(model.eval(), images()), logits(source, images()))
 
 
+@needs_heads_to_load
+def test_load_one_after_the_other(tmp_path: Path):
+    """Frozen adapters with heads: the head that is active is found, although a new tuner does not know of it."""
+    model, expected = vit(), {}
+    for number, name in enumerate(("a", "b", "c")):
+        source = randomize(get_peft_model(vit(), CONFIGS["deep"]()), number, trainable_only=True).eval()
+        source.save_pretrained(tmp_path / name)
+        expected[name] = logits(source, images())
+        model.load_adapter(str(tmp_path / name), name)
+    for name in expected:
+        model.set_adapter(name)
+        assert torch.equal(logits(model.eval(), images()), expected[name])
+
+
 def test_a_refused_adapter_leaves_the_model():
     model = vit()
     before, keys = logits(model, images()), list(model.state_dict())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -140,13 +140,15 @@ def check_shortcuts(root: nn.Module, encoder: nn.Module, spec: EncoderSpec) -> E
     special = special and not any(map(has_packed_weights, encoder.modules()))
     takes_images = getattr(root, "main_input_name", None) in IMAGE_INPUTS
     passed = {id(p) for block in spec.blocks[:-1] for p in submodule(encoder, block.path).parameters()}
-    noisy = {
-        model: shaken((name, p) for name, p in model.named_parameters() if id(p) not in passed)
-        for model in dict.fromkeys((root, encoder) if takes_images else (encoder,))
-    }
+    models = dict.fromkeys((root, encoder) if takes_images else (encoder,))
+
+    @cache
+    def noisy(model: nn.Module) -> dict[str, torch.Tensor]:
+        return shaken((name, p) for name, p in model.named_parameters() if id(p) not in passed)
+
     for inputs in sample_inputs(encoder):
-        for model, weights in noisy.items():
-            run = partial(_outputs, model, encoder, weights, inputs)
+        for model in models:
+            run = partial(_outputs, model, encoder, noisy(model), inputs)
             plain = run(spec)
             if plain is None:
                 continue

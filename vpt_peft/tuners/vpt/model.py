@@ -156,7 +156,7 @@ class VPTModel(BaseTuner):
 
         An adapter that is refused leaves the model and its list of adapters as they were.
         """
-        with set_others_aside(self.model, (*self.active_adapters, adapter_name)):
+        with set_others_aside(self.model, [adapter_name]):
             self._inject(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
 
     def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -175,11 +175,11 @@ class VPTModel(BaseTuner):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones; see `BaseTuner.set_adapter`."""
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        with set_others_aside(self.model, (*self.active_adapters, *names)):
+        with set_others_aside(self.model, names, trainable=False):
             super().set_adapter(adapter_name, inference_mode)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        with set_others_aside(self.model, (*self.active_adapters, adapter_name)):
+        with set_others_aside(self.model, [adapter_name]):
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def _create_and_replace(
@@ -330,7 +330,8 @@ class VPTModel(BaseTuner):
         store = find_store(model)
         if store is None:
             raise ValueError(f"adapter {adapter_name!r}: this model has no prompts that values could be loaded into.")
-        path = next(n for n, module in model.named_modules() if module is store)
+        root = next(path for path, module in model.named_modules() if module is store.root)
+        path = ".".join(filter(None, (root, "prompt_tuner")))
         remapped, found = {}, {}
         for key, value in state_dict.items():
             match = re.match(rf"^(?:.*\.)?prompt_tuner\.({cls.prefix}[a-z_]+)\.(.+)$", key)

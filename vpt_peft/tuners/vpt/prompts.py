@@ -65,7 +65,13 @@ class PromptSet(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
         else:
             # Another adapter's file is loaded: there is no need to look at each parameter of this one.
-            missing_keys.extend(prefix + key for key in self)
+            missing_keys.extend([prefix + key for key in self._parameters])
+
+    def train(self, mode: bool = True) -> PromptSet:
+        """Set the mode; one that stands already is not set again for each of many adapters."""
+        if self.training != mode:
+            self.training = mode
+        return self
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}: {'x'.join(map(str, self[key].shape))}" for key in self)

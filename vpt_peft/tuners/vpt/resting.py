@@ -13,17 +13,27 @@ from .store import VPTPromptStore, find_store
 
 
 @contextmanager
-def set_others_aside(model: nn.Module, names: Collection[str]) -> Iterator[None]:
-    """Take the prompts and heads of all frozen adapters but `names` out of the module tree for a while.
+def set_others_aside(model: nn.Module, names: Collection[str], trainable: bool = True) -> Iterator[None]:
+    """Take the prompts and heads of all adapters but `names` and the active ones out of the module tree for a while.
 
     PEFT walks every module and parameter of the model for each of its steps. With many adapters on one backbone the
     walk through those that are not concerned is all that takes time.
+
+    Args:
+        model: The model.
+        names: The adapters that are concerned.
+        trainable: Trainable ones go too; otherwise they stay, where PEFT is going to freeze them.
     """
     aside: list[tuple[nn.ModuleDict, dict[str, Any], dict[str, Any]]] = []
     try:
-        for container in _containers(model):
+        for container, active in _containers(model):
             everything: dict[str, Any] = container._modules
-            stay = {name: entry for name, entry in everything.items() if name in names or _is_trainable(entry)}
+            concerned = {*names, *active}
+            stay = {
+                name: entry
+                for name, entry in everything.items()
+                if name in concerned or not trainable and _is_trainable(entry)
+            }
             if len(stay) < len(everything):
                 aside.append((container, everything, stay))
                 container._modules = dict(stay)
@@ -36,21 +46,31 @@ def set_others_aside(model: nn.Module, names: Collection[str]) -> Iterator[None]
             container._modules = everything
 
 
-def _containers(model: nn.Module) -> Iterator[nn.ModuleDict]:
-    """What holds an entry per adapter; the prompts come first, as the search for heads walks through them."""
+def _containers(model: nn.Module) -> Iterator[tuple[nn.ModuleDict, list[str]]]:
+    """What holds an entry per adapter, and which of them are active.
+
+    The prompts come first, as the search for heads walks through them. Heads know for themselves who is active: a
+    tuner that is new on the model does not know of the others' yet.
+    """
     store = find_store(model)
     if store is not None:
-        yield from (getattr(store, name) for name in VPTPromptStore.adapter_layer_names)
+        yield from ((getattr(store, name), store.active_adapters) for name in VPTPromptStore.adapter_layer_names)
         for module in model.modules():
             if isinstance(module, ModulesToSaveWrapper):
-                yield module.modules_to_save
+                yield module.modules_to_save, module.active_adapters
 
 
 def _is_trainable(entry: nn.Module | None) -> bool:
-    """Whether any parameter of an adapter's entry is. Plain loops, since this is asked for each of many adapters."""
+    """Whether an adapter's entry is. PEFT frees and freezes it as a whole, so the ends of each list of parameters tell.
+
+    Asked for each of many adapters: looking at every parameter would take longer than all the rest.
+    """
     if entry is None:
         return False
-    for parameter in entry._parameters.values():
-        if parameter is not None and parameter.requires_grad:
-            return True
-    return any(_is_trainable(child) for child in entry._modules.values())
+    values = entry._parameters.values()
+    for ends in (values, reversed(values)):
+        for parameter in ends:
+            if parameter is not None and parameter.requires_grad:
+                return True
+            break
+    return bool(entry._modules) and any(map(_is_trainable, entry._modules.values()))
