@@ -96,6 +96,15 @@ def to_json(results: Mapping[str, Any]) -> str:
     return json.dumps(results, indent=2, default=lambda value: asdict(value), allow_nan=False) + "\n"
 
 
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """What a measurement ran on, as a sentence."""
+    return (
+        f"{machine['device']}; {machine['processor']}; {machine['cores']} cores, {machine['threads']} threads, load "
+        f"{machine['load_before']} before the run; torch {machine['torch']}, transformers {machine['transformers']}, "
+        f"peft {machine['peft']}, Python {machine['python']}, {machine['system']}."
+    )
+
+
 def to_markdown(results: Mapping[str, Any]) -> str:
     """The results as a page: what ran where, one row per subject, comparisons, what was left out."""
     settings, machine = results["settings"], results["machine"]
@@ -103,9 +112,7 @@ def to_markdown(results: Mapping[str, Any]) -> str:
     lines = [
         f"# Cost of {settings['model']}, {settings['dtype']}, {how}, batch {settings['batch_size']}",
         "",
-        f"{machine['device']}; {machine['processor']}; {machine['cores']} cores, {machine['threads']} threads, load "
-        f"{machine['load_before']} before the run; torch {machine['torch']}, transformers {machine['transformers']}, "
-        f"peft {machine['peft']}, Python {machine['python']}, {machine['system']}.",
+        machine_line(machine),
         "",
         f"Medians of {settings['rounds']} interleaved rounds; ratios are to the floor in the same round (median, "
         "quartiles). A training step is forward pass, backward pass and AdamW's update. Memory is the most that a "

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import adapters
+from benchmarks.adapters import AdaptersArguments
 from benchmarks.cost import CostArguments, main, measure
 from benchmarks.measure import Runner, Samples, added_memory, interleave
 from benchmarks.report import compare, make_row, summarize
@@ -171,3 +173,29 @@ def test_summaries() -> None:
 def test_bad_flags(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CostArguments(**given)
+
+
+def test_many_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", "vit_test", "--adapters", "4", "--prompts", "2", "--tasks", "3", "--batch_size", "5"]
+    assert adapters.main([*flags, "--rounds", "2", "--output_dir", str(tmp_path)]) == 0
+    page, results = (tmp_path / f"cpu_vit_test_adapters4.{kind}" for kind in ("md", "json"))
+    assert page.read_text() == capsys.readouterr().out and str(tmp_path) not in page.read_text()
+    found = json.loads(results.read_text())
+    assert found["own_bytes"] == 4 * (2 * 2 * 32 + 33 * 100)
+    assert all(found[name]["median"] > 0 for name in ("loading_first", "loading_last", "switching"))
+    assert [batch["prompts"] for batch in found["batches"]] == [[2, 2, 2], [7, 13, 20]]
+    assert [batch["one"] for batch in found["batches"]] == [2, 20]
+    assert all(batch["ratio"]["median"] > 0 for batch in found["batches"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"model": "vit_huge"}, "model='vit_huge' must be one of vit_tiny"),
+        ({"adapters": 0}, "adapters=0 must be at least 1"),
+        ({"tasks": 9, "batch_size": 8}, "tasks=9 must be at most adapters=1000 and batch_size=8"),
+    ],
+)
+def test_bad_flags_of_many_adapters(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AdaptersArguments(**given)
