@@ -56,6 +56,23 @@ def test_each_image_as_if_alone(implementation):
             assert torch.allclose(together[row : row + 1], expected, atol=tolerance, rtol=0), name
 
 
+def test_adapters_at_rest_are_not_walked_through(monkeypatch: pytest.MonkeyPatch):
+    """A walk through the modules of a thousand of them would take longer than a small batch."""
+    model = several_tasks()
+    batch, names = images(2), ["long", "short"]
+    expected = model(pixel_values=batch, adapter_names=names).logits
+    classifier = model.base_model.model.classifier
+
+    def fail(*args: object) -> None:
+        raise AssertionError("walked through")
+
+    for at_rest in (model.base_model.model.prompt_tuner.vpt_prompts["last"], classifier.modules_to_save["last"]):
+        monkeypatch.setattr(at_rest, "named_modules", fail)
+    with pytest.raises(AssertionError, match="walked through"):
+        list(model.modules())
+    assert torch.equal(model(pixel_values=batch, adapter_names=names).logits, expected)
+
+
 def test_gated_adapters_share_a_batch():
     kinds = {
         "gated": GatedVPTConfig(num_virtual_tokens=4),

@@ -35,6 +35,15 @@ def _name_adapters(names: list[str], module: nn.Module, args: tuple, kwargs: dic
     return args, {**kwargs, "adapter_names": names}
 
 
+def _trained_modules(module: nn.Module) -> Iterator[AuxiliaryTrainingWrapper]:
+    """The wrappers around trained modules (heads). What adapters own is not walked through, as there may be many."""
+    for child in module.children():
+        if isinstance(child, AuxiliaryTrainingWrapper):
+            yield child
+        elif not isinstance(child, PromptTunerLayer):
+            yield from _trained_modules(child)
+
+
 class VPTModel(BaseTuner):
     """Visual Prompt Tuning: learnable prompts in the input of some or all blocks of a frozen vision transformer.
 
@@ -221,11 +230,10 @@ class VPTModel(BaseTuner):
                 f"adapter_names: {refused} change the whole image; run their images in a batch of their own."
             )
         mixed = MixedBatch(names)
-        layers = [module for module in self.model.modules() if isinstance(module, PromptTunerLayer)]
+        layers = (store, *store.layers)
         handles = [
-            module.register_forward_pre_hook(partial(_name_adapters, names), with_kwargs=True)
-            for module in self.model.modules()
-            if isinstance(module, AuxiliaryTrainingWrapper)
+            wrapper.register_forward_pre_hook(partial(_name_adapters, names), with_kwargs=True)
+            for wrapper in _trained_modules(self.model)
         ]
         for layer in layers:
             layer.mixed = mixed
