@@ -147,7 +147,8 @@ def measure(arguments: AdaptersArguments) -> dict[str, Any]:
     for prefix in ("task", "length"):
         names = [f"{prefix}_{image % arguments.tasks}" for image in range(arguments.batch_size)]
         batches.append(against_one(model, images, names, f"{prefix}_{arguments.tasks - 1}", arguments.rounds))
-    settings = {name: getattr(arguments, name) for name in ("model", "adapters", "prompts", "batch_size", "rounds")}
+    names = ("model", "adapters", "prompts", "tasks", "batch_size", "rounds")
+    settings = {name: getattr(arguments, name) for name in names}
     return {"settings": settings, "machine": machine, **found, "batches": batches}
 
 

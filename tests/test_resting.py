@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from peft_fixtures import CONFIGS, images, logits, randomize, vit
+from peft.functional import set_adapter
+from peft.utils.other import ModulesToSaveWrapper
+from peft_fixtures import CONFIGS, images, logits, lora, randomize, vit
 from torch import nn
 
 from vpt_peft.tuners.vpt.resting import set_others_aside
@@ -81,3 +83,24 @@ def test_switching_leaves_one_trainable(tmp_path):
     assert torch.equal(logits(model, images()), outputs["second"])
     model.set_adapter("third")
     assert torch.equal(logits(model, images()), outputs["third"])
+
+
+def heads_in_use(model: nn.Module) -> list[str]:
+    return [name for m in model.modules() if isinstance(m, ModulesToSaveWrapper) for name in m.active_adapters]
+
+
+@pytest.mark.parametrize("other", ["functional", "lora", "gated"])
+def test_the_active_head_stays_in_use(other: str):
+    """Where several tuners, or PEFT's functions, change one model, the tuner's active adapter and the head's differ."""
+    model = get_peft_model(vit(), CONFIGS["deep"](), adapter_name="first")
+    if other == "functional":
+        model.add_adapter("second", CONFIGS["deep"]())
+        set_adapter(model, "second")
+    else:
+        get_peft_model(model, lora() if other == "lora" else CONFIGS[other](), adapter_name="on_top")
+    model.add_adapter("third", CONFIGS["deep"]())
+    assert heads_in_use(model) == ["first"]
+    head = model.base_model.model.classifier.modules_to_save
+    assert {"first", "third"} <= set(head)
+    model.set_adapter("third")
+    assert heads_in_use(model) == ["third"]

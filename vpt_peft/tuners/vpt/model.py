@@ -20,9 +20,10 @@ from vpt_peft.encoder import find_encoder, submodule
 from vpt_peft.encoder.inputs import IMAGE_INPUTS
 from vpt_peft.heads import find_task_head
 
-from .check import check_heads, check_key_values, check_quantized, check_shortcuts
+from .check import check_endings, check_heads, check_key_values, check_quantized, check_shortcuts
 from .config import VPTConfig
 from .layer import PromptTunerLayer
+from .loading import check_fit, take_out
 from .mixed import MixedBatch, check_names
 from .modes import set_frozen_eval, set_frozen_eval_outside
 from .plan import check_config, make_roles, prompted_blocks
@@ -101,6 +102,7 @@ class VPTModel(BaseTuner):
         chosen = sorted({*prompted_blocks(peft_config, spec), *warm}) or [0]
         self._targets = {".".join(filter(None, (path, spec.blocks[index].path))) for index in chosen}
         peft_config.modules_to_save = self._modules_to_save(peft_config, find_task_head(self.model, path, spec))
+        check_endings([*self.peft_config, *(store.configs if store is not None else ())], peft_config.modules_to_save)
         check_heads(self.model, peft_config.modules_to_save)
         return peft_config
 
@@ -165,17 +167,26 @@ class VPTModel(BaseTuner):
 
         An adapter that is refused leaves the model and its list of adapters as they were.
         """
-        with set_others_aside(self.model, [adapter_name]):
+        # PEFT makes the tuner's active adapters active again at the end, heads included
+        with set_others_aside(self.model, [*self.active_adapters, adapter_name]):
             self._inject(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
 
     def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self._check_name(adapter_name)
         # A copy, since what is found in this model (its head) must not go into the next one with the caller's config.
         self.peft_config[adapter_name] = copy(self.peft_config[adapter_name])
+        store = find_store(self.model)
+        known = store is not None and adapter_name in store.configs
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             self.peft_config.pop(adapter_name, None)
+            attached = find_store(self.model)
+            if attached is not None and store is None:
+                attached.detach()
+            elif attached is not None and not known and adapter_name in attached.configs:
+                for layer in (attached, *attached.layers):
+                    layer.delete_adapter(adapter_name)
             if not hasattr(model, "peft_config") and getattr(model, "_hf_peft_config_loaded", False):
                 # transformers' add_adapter sets this before it injects, and would fail at the next try.
                 model._hf_peft_config_loaded = False  # type: ignore[assignment]
@@ -350,38 +361,6 @@ class VPTModel(BaseTuner):
         try:
             check_fit(store, adapter_name, found)
         except ValueError:
-            _take_out(model, adapter_name)
+            take_out(model, store, adapter_name)
             raise
         return remapped | {f"{path}.{key}": value for key, value in found.items()}
-
-
-def check_fit(store: VPTPromptStore, adapter_name: str, found: dict[str, torch.Tensor]) -> None:
-    """Compare an adapter file's tensors with what the adapter has in this encoder.
-
-    Raises:
-        ValueError: Some are missing, left over or of another shape; all are listed.
-    """
-    wanted = {key: tuple(value.shape) for key, value in store.parameters_of(adapter_name).items()}
-    wrong = [f"{key} is missing" for key in wanted if key not in found]
-    wrong += [f"{key} has no place" for key in found if key not in wanted]
-    wrong += [
-        f"{key} has shape {tuple(value.shape)}, expected {wanted[key]}"
-        for key, value in found.items()
-        if key in wanted and tuple(value.shape) != wanted[key]
-    ]
-    if wrong:
-        raise ValueError(
-            f"the adapter file does not fit adapter {adapter_name!r} on this encoder of {len(store.spec.blocks)} blocks of "
-            f"width {store.spec.blocks[0].width}: {'; '.join(wrong)}. Load it onto the backbone it was trained on, with "
-            "the configuration it was saved with (num_virtual_tokens, layers_to_transform, gate, ...)."
-        )
-
-
-def _take_out(model: Any, adapter_name: str) -> None:
-    """Remove an adapter whose values could not be loaded, and everything attached for it."""
-    if not hasattr(model, "base_model") or not isinstance(model.base_model, BaseTuner):
-        return
-    if list(model.peft_config) == [adapter_name]:
-        model.base_model.unload()
-    else:
-        model.delete_adapter(adapter_name)

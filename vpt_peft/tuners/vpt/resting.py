@@ -17,7 +17,7 @@ def set_others_aside(model: nn.Module, names: Collection[str], trainable: bool =
     """Take the prompts and heads of all adapters but `names` and the active ones out of the module tree for a while.
 
     PEFT walks every module and parameter of the model for each of its steps. With many adapters on one backbone the
-    walk through those that are not concerned is all that takes time.
+    walk through those that are not concerned is all that takes time. A forward pass in another thread would miss them.
 
     Args:
         model: The model.

@@ -55,6 +55,8 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
             self.add_module(name, nn.ModuleDict())
         self.configs: dict[str, VPTConfig] = {}
         self.final: dict[str, torch.Tensor] = {}
+        # Changes in place that each adapter's parameters had seen when they were made
+        self._drawn: dict[str, int] = {}
         self.checkpointing = self.reentrant = self.joins = False
         # While work that can be left out is tried, onlookers do not count, and what was left out is noted
         self.trying = False
@@ -154,6 +156,14 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
             )
         for layer, role in zip(self.layers, roles, strict=True):
             layer.roles[name] = role
+        self._drawn[name] = self._count_changes(name)
+
+    def _count_changes(self, name: str) -> int:
+        return sum(parameter._version for parameter in self.parameters_of(name).values())
+
+    def is_as_drawn(self, name: str) -> bool:
+        """Whether no value of an adapter has changed since `update_layer` made it."""
+        return self._drawn.get(name) == self._count_changes(name)
 
     def _make_prompts(self, config: VPTConfig, blocks: list[int], like: dict[str, Any]) -> PromptSet:
         shapes: dict[str, tuple[int, ...]] = {}

@@ -1,0 +1,68 @@
+"""Files and adapters that are refused halfway leave the model and its adapters as they were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from peft_fixtures import CONFIGS, images, logits, randomize, vit
+
+from vpt_peft import VPTConfig
+from vpt_peft.tuners.vpt.store import find_store
+
+
+def attach(name: str) -> PeftModel:
+    """A model with an adapter that holds values."""
+    return randomize(get_peft_model(vit(), CONFIGS[name]()), 1, trainable_only=True).eval()  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_unfit_file_leaves_a_trained_adapter(number: int, tmp_path: Path):
+    """Loaded under the name of an adapter that holds values: an error, and the values stay."""
+    attach("shallow").save_pretrained(tmp_path)
+    model = attach("deep")
+    for other in range(1, number):
+        model.add_adapter(f"other_{other}", VPTConfig(num_virtual_tokens=2))
+    before, values = logits(model, images()), {n: v.clone() for n, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match="does not fit adapter 'default'"):
+        model.load_adapter(tmp_path, "default")
+    assert list(model.peft_config)[0] == "default" and model.active_adapter == "default"
+    assert torch.equal(logits(model, images()), before)
+    after = model.state_dict()
+    assert list(after) == list(values) and all(torch.equal(after[n], v) for n, v in values.items())
+
+
+def test_an_unfit_file_for_prompts_as_drawn(tmp_path: Path):
+    """The prompts hold nothing yet and go, so that no pass runs with them; a file that fits loads under their name."""
+    attach("shallow").save_pretrained(tmp_path / "bad")
+    good = attach("deep")
+    good.save_pretrained(tmp_path / "good")
+    model = get_peft_model(vit(), CONFIGS["deep"]())
+    with pytest.raises(ValueError, match="does not fit"):
+        model.load_adapter(tmp_path / "bad", "default")
+    assert not model.peft_config and find_store(model) is None
+    model.load_adapter(tmp_path / "good", "default")
+    model.set_adapter("default")
+    assert torch.equal(logits(model, images()), logits(good, images()))
+
+
+@pytest.mark.parametrize("given", [{"adapter_name": "bird_classifier"}, {"modules_to_save": ["layers"]}])
+def test_what_peft_would_stumble_over_halfway(given: dict[str, Any]):
+    """A name that ends like the head, a module that cannot be trained as a whole: nothing is attached, nothing added."""
+    name = given.pop("adapter_name", "birds")
+    model = vit()
+    before, keys = logits(model, images()), list(model.state_dict())
+    with pytest.raises((TypeError, ValueError), match="ends with 'classifier'|cannot be applied"):
+        get_peft_model(model, CONFIGS["deep"](**given), adapter_name=name)
+    assert find_store(model) is None and list(model.state_dict()) == keys
+    assert torch.equal(logits(model, images()), before)
+    prompted = get_peft_model(model, CONFIGS["deep"](), adapter_name="first")
+    before, keys = logits(prompted, images()), list(prompted.state_dict())
+    with pytest.raises((TypeError, ValueError), match="ends with 'classifier'|cannot be applied"):
+        prompted.add_adapter(name, CONFIGS["deep"](**given))
+    assert list(prompted.peft_config) == ["first"] and list(prompted.state_dict()) == keys
+    assert torch.equal(logits(prompted, images()), before)
+    prompted.add_adapter("birds", CONFIGS["deep"]())
