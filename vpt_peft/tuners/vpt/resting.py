@@ -24,16 +24,13 @@ def set_others_aside(model: nn.Module, names: Collection[str], trainable: bool =
         names: The adapters that are concerned.
         trainable: Trainable ones go too; otherwise they stay, where PEFT is going to freeze them.
     """
+    stay_always = {*names} if trainable else {*names, *_trainable_adapters(model)}
     aside: list[tuple[nn.ModuleDict, dict[str, Any], dict[str, Any]]] = []
     try:
         for container, active in _containers(model):
             everything: dict[str, Any] = container._modules
-            concerned = {*names, *active}
-            stay = {
-                name: entry
-                for name, entry in everything.items()
-                if name in concerned or not trainable and _is_trainable(entry)
-            }
+            concerned = stay_always.union(active)
+            stay = {name: entry for name, entry in everything.items() if name in concerned}
             if len(stay) < len(everything):
                 aside.append((container, everything, stay))
                 container._modules = dict(stay)
@@ -60,17 +57,17 @@ def _containers(model: nn.Module) -> Iterator[tuple[nn.ModuleDict, list[str]]]:
                 yield module.modules_to_save, module.active_adapters
 
 
-def _is_trainable(entry: nn.Module | None) -> bool:
-    """Whether an adapter's entry is. PEFT frees and freezes it as a whole, so the ends of each list of parameters tell.
+def _trainable_adapters(model: nn.Module) -> Iterator[str]:
+    """The adapters that train. PEFT frees and freezes them as a whole, so the first and last prompts tell for all.
 
     Asked for each of many adapters: looking at every parameter would take longer than all the rest.
     """
-    if entry is None:
-        return False
-    values = entry._parameters.values()
-    for ends in (values, reversed(values)):
-        for parameter in ends:
-            if parameter is not None and parameter.requires_grad:
-                return True
-            break
-    return bool(entry._modules) and any(map(_is_trainable, entry._modules.values()))
+    store: Any = find_store(model)
+    for container in () if store is None else (store.vpt_prompts, store.gated_prompt_prompts):
+        for name, prompts in container._modules.items():
+            for values in (prompts._parameters.values(), reversed(prompts._parameters.values())):
+                end = next(iter(values), None)
+                # Wrappers of sharding frameworks hold no parameters of their own, and stay
+                if end is None or end.requires_grad:
+                    yield name
+                    break
