@@ -7,21 +7,21 @@ measures loading, memory, switching, and one batch in which several adapters tak
 from __future__ import annotations
 
 import logging
-import os
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from peft import get_peft_model
 from transformers import HfArgumentParser
 
 from vpt_peft import VPTConfig
-from vpt_peft.tuners.vpt.store import find_store
 
 from .machine import describe_machine
 from .measure import seconds
@@ -59,12 +59,6 @@ class AdaptersArguments:
             )
 
 
-def resident_bytes() -> int | None:
-    """Memory the process has resident; `None` where the system does not say."""
-    path = Path("/proc/self/statm")
-    return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if path.exists() else None
-
-
 def load_and_switch(model: Any, arguments: AdaptersArguments, folder: Path) -> dict[str, Any]:
     """Load adapters up to the number wanted, and switch between them.
 
@@ -76,19 +70,19 @@ def load_and_switch(model: Any, arguments: AdaptersArguments, folder: Path) -> d
     model.save_pretrained(folder)
     saved = folder / "task_0"
     own = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    loading, before = [], resident_bytes()
+    process = psutil.Process()
+    loading, before = [], process.memory_info().rss
     for number in range(1, arguments.adapters):
         loading.append(seconds(lambda name=f"task_{number}": model.load_adapter(saved, name), CPU))  # type: ignore[misc]
         if number % 100 == 0:
             logger.info("%d of %d adapters", number, arguments.adapters)
-    after = resident_bytes()
+    grown = process.memory_info().rss - before
     draw = random.Random(0)
     names = [f"task_{draw.randrange(arguments.adapters)}" for _ in range(100)]
     switching = [seconds(lambda name=name: model.set_adapter(name), CPU) for name in names]  # type: ignore[misc]
-    grown = None if before is None or after is None or not loading else (after - before) / len(loading)
     return {
         "own_bytes": own,
-        "resident_bytes_per_adapter": grown,
+        "resident_bytes_per_adapter": grown / len(loading) if loading else None,
         "loading_first": summarize(loading[:100]) if loading else None,
         "loading_last": summarize(loading[-100:]) if loading else None,
         "switching": summarize(switching),
@@ -108,14 +102,11 @@ def against_one(model: Any, images: torch.Tensor, names: Sequence[str], one: str
     model.set_adapter(one)
     model.eval()
 
-    def run(**given: Any) -> Callable[[], None]:
-        def call() -> None:
-            with torch.inference_mode():
-                model(pixel_values=images, **given)
+    @torch.inference_mode()
+    def alone(**given: Any) -> None:
+        model(pixel_values=images, **given)
 
-        return call
-
-    alone, mixed = run(), run(adapter_names=list(names))
+    mixed = partial(alone, adapter_names=list(names))
     alone()
     mixed()
     ratios, taken = [], []
@@ -123,10 +114,9 @@ def against_one(model: Any, images: torch.Tensor, names: Sequence[str], one: str
         before, now, after = (seconds(call, CPU) for call in (alone, mixed, alone))
         ratios.append(2 * now / (before + after))
         taken.append(now)
-    store: Any = find_store(model)
-    lengths = [store.configs[name].num_virtual_tokens for name in dict.fromkeys(names)]
-    return {"prompts": lengths, "one": store.configs[one].num_virtual_tokens, "seconds": summarize(taken),
-            "ratio": summarize(ratios)}  # fmt: skip
+    lengths = {name: model.peft_config[name].num_virtual_tokens for name in (*names, one)}
+    prompts = [lengths[name] for name in dict.fromkeys(names)]
+    return {"prompts": prompts, "one": lengths[one], "seconds": summarize(taken), "ratio": summarize(ratios)}
 
 
 def measure(arguments: AdaptersArguments) -> dict[str, Any]:
@@ -198,8 +188,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = measure(arguments)
     stem = f"cpu_{arguments.model}_adapters{arguments.adapters}"
     (folder / f"{stem}.json").write_text(to_json(results), encoding="utf-8")
-    (folder / f"{stem}.md").write_text(to_markdown(results), encoding="utf-8")
-    sys.stdout.write(to_markdown(results))
+    page = to_markdown(results)
+    (folder / f"{stem}.md").write_text(page, encoding="utf-8")
+    sys.stdout.write(page)
     return 0
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -38,6 +41,15 @@ def find_task_head(model: nn.Module, encoder_path: str, spec: EncoderSpec) -> li
         children = [(name, child) for name, child in model.named_children() if _outside(name, child, spec)]
         found = [part for name, child in children for part in _parts(name, child)]
     return found
+
+
+def trained_modules(model: nn.Module) -> Iterator[AuxiliaryTrainingWrapper]:
+    """PEFT's wrappers around modules that train (heads). What adapters own is not walked through: there may be many."""
+    for child in model.children():
+        if isinstance(child, AuxiliaryTrainingWrapper):
+            yield child
+        elif not isinstance(child, BaseTunerLayer):
+            yield from trained_modules(child)
 
 
 def _has_parameters(module: nn.Module) -> bool:

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .encoder import EncoderSpec, submodule
+from .heads import trained_modules
 from .training.baselines import MLPHead, add_bottleneck_adapters, add_side_network, keep_frozen_in_eval
 from .training.structure import find_head, find_output_layer
 from .tuners import GatedVPTConfig, VPTConfig
@@ -91,7 +91,7 @@ def apply_method(model: Any, spec: EncoderSpec, method: str | PeftConfig, option
         warnings.simplefilter("ignore")
         if not isinstance(config, VPTConfig):
             adapted = get_peft_model(model, config)
-            keep_frozen_in_eval(model, [m for m in adapted.modules() if isinstance(m, AuxiliaryTrainingWrapper)])
+            keep_frozen_in_eval(model, list(trained_modules(adapted)))
             return adapted
         # With the store in place the encoder is not traced again, which takes weights
         VPTPromptStore(spec, submodule(model, spec.path), model).attach()

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -23,6 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from ..heads import trained_modules
 from .arguments import GATE_FIELDS, PROMPT_FIELDS, MethodArguments, ModelArguments
 from .baselines import MLPHead, add_bottleneck_adapters, add_side_network, keep_frozen_in_eval
 from .recipes import PROMPT_METHODS, split_trainable
@@ -280,7 +280,7 @@ def _peft_model(model: PreTrainedModel, model_args: ModelArguments, method_args:
     config = _lora_config(model, method_args) if is_lora else prompt_config(method_args)
     peft_model = get_peft_model(model, config)
     if is_lora:
-        keep_frozen_in_eval(model, [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)])
+        keep_frozen_in_eval(model, list(trained_modules(model)))
     # The package's own backbones lie at another path on every machine
     active = peft_model.peft_config["default"]
     active.base_model_name_or_path, active.revision = model_args.model_name_or_path, model_args.model_revision

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..heads import trained_modules
 from .structure import Classifier, find_head
 
 
@@ -117,7 +117,7 @@ def split_trainable(model: Classifier) -> dict[str, dict[str, nn.Parameter]]:
     task head, "rest" everything else (biases, unfrozen blocks, adapters).
     """
     if isinstance(model, PeftModel):
-        heads: list[nn.Module] = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        heads: list[nn.Module] = list(trained_modules(model))
         prefix = str(model.base_model.prefix)
     else:
         heads, prefix = list(find_head(model).values()), None

@@ -274,7 +274,8 @@ class VPTLayer(nn.Module, PromptTunerLayer):
         if then.arrived:
             flowing = [(name, role.mode, role.source) for name, role in then.playing() if role.mode is not None]
             then.arrived = flowing == [(name, "token", None) for name, _ in among]
-        self.store.note("joins", then.arrived)
+        if then.arrived:
+            self.store.note("joins")
         return then.arrived
 
     def hand_on(self, name: str, role: Role, prompts: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from torch import nn
 
 from vpt_peft.encoder import find_encoder, submodule
 from vpt_peft.encoder.inputs import IMAGE_INPUTS
-from vpt_peft.heads import find_task_head
+from vpt_peft.heads import find_task_head, trained_modules
 
 from .check import check_endings, check_heads, check_key_values, check_quantized, check_shortcuts
 from .config import VPTConfig
@@ -34,15 +34,6 @@ from .store import VPTPromptStore, find_store
 def _name_adapters(names: list[str], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
     """Forward pre-hook of a trained module (a head): tell it the adapter of each image."""
     return args, {**kwargs, "adapter_names": names}
-
-
-def _trained_modules(module: nn.Module) -> Iterator[AuxiliaryTrainingWrapper]:
-    """The wrappers around trained modules (heads). What adapters own is not walked through, as there may be many."""
-    for child in module.children():
-        if isinstance(child, AuxiliaryTrainingWrapper):
-            yield child
-        elif not isinstance(child, PromptTunerLayer):
-            yield from _trained_modules(child)
 
 
 class VPTModel(BaseTuner):
@@ -244,7 +235,7 @@ class VPTModel(BaseTuner):
         layers = (store, *store.layers)
         handles = [
             wrapper.register_forward_pre_hook(partial(_name_adapters, names), with_kwargs=True)
-            for wrapper in _trained_modules(self.model)
+            for wrapper in trained_modules(self.model)
         ]
         for layer in layers:
             layer.mixed = mixed

@@ -9,7 +9,9 @@ from typing import Any
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from .store import VPTPromptStore, find_store
+from vpt_peft.heads import trained_modules
+
+from .store import PREFIXES, VPTPromptStore, find_store
 
 
 @contextmanager
@@ -46,15 +48,14 @@ def set_others_aside(model: nn.Module, names: Collection[str], trainable: bool =
 def _containers(model: nn.Module) -> Iterator[tuple[nn.ModuleDict, list[str]]]:
     """What holds an entry per adapter, and which of them are active.
 
-    The prompts come first, as the search for heads walks through them. Heads know for themselves who is active: a
-    tuner that is new on the model does not know of the others' yet.
+    Heads know for themselves who is active: a tuner that is new on the model does not know of the others' yet.
     """
     store = find_store(model)
     if store is not None:
         yield from ((getattr(store, name), store.active_adapters) for name in VPTPromptStore.adapter_layer_names)
-        for module in model.modules():
-            if isinstance(module, ModulesToSaveWrapper):
-                yield module.modules_to_save, module.active_adapters
+        for wrapper in trained_modules(model):
+            if isinstance(wrapper, ModulesToSaveWrapper):
+                yield wrapper.modules_to_save, wrapper.active_adapters
 
 
 def _trainable_adapters(model: nn.Module) -> Iterator[str]:
@@ -63,7 +64,7 @@ def _trainable_adapters(model: nn.Module) -> Iterator[str]:
     Asked for each of many adapters: looking at every parameter would take longer than all the rest.
     """
     store: Any = find_store(model)
-    for container in () if store is None else (store.vpt_prompts, store.gated_prompt_prompts):
+    for container in () if store is None else [getattr(store, f"{prefix}prompts") for prefix in PREFIXES]:
         for name, prompts in container._modules.items():
             for values in (prompts._parameters.values(), reversed(prompts._parameters.values())):
                 end = next(iter(values), None)

@@ -42,7 +42,7 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
     """
 
     adapter_layer_names = tuple(prefix + part for prefix in PREFIXES for part in PARTS)
-    other_param_names = ("configs",)
+    other_param_names = ("configs", "_drawn")
 
     def __init__(self, spec: EncoderSpec, encoder: nn.Module, root: nn.Module) -> None:
         super().__init__()
@@ -280,9 +280,9 @@ class VPTPromptStore(nn.Module, PromptTunerLayer):
         """The attention temperature of one block, a tensor of one element."""
         return self.part(name, "temperatures", str(index))()
 
-    def note(self, what: str, left_out: bool = True) -> None:
+    def note(self, what: str) -> None:
         """Note what was left out, while that is tried."""
-        if self.trying and left_out:
+        if self.trying:
             self.left_out.add(what)
 
     def receive(self, name: str, index: int, prompts: torch.Tensor) -> None:
