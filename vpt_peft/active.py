@@ -1,0 +1,62 @@
+"""Which adapters one call of the model runs with: noted when the model is entered, for the thread that entered it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+BASE = "__base__"
+
+
+@dataclass(frozen=True)
+class Call:
+    """The adapters of one call of the model.
+
+    Args:
+        names: Active adapters, in a mixed batch those of its images; empty while adapters are disabled.
+        per_image: One name per image of a mixed batch, "__base__" for none; `None` where all images share `names`.
+    """
+
+    names: tuple[str, ...]
+    per_image: tuple[str, ...] | None = None
+
+
+class _Local(threading.local):
+    call: Call | None = None
+    per_image: tuple[str, ...] | None = None
+
+
+_local = _Local()
+
+
+def current_call() -> Call | None:
+    """The call of a model that runs in this thread; `None` outside of one."""
+    return _local.call
+
+
+def enter_call(call: Call) -> None:
+    """Note that a call begins in this thread."""
+    _local.call = call
+
+
+def leave_call() -> None:
+    """Note that the call in this thread has ended."""
+    _local.call = None
+
+
+def requested_names() -> tuple[str, ...] | None:
+    """The adapter of each image that the caller of this thread asked for, `None` outside of a mixed batch."""
+    return _local.per_image
+
+
+@contextmanager
+def mixed_batch(names: tuple[str, ...]) -> Iterator[None]:
+    """Calls of the model in this thread run with one adapter per image."""
+    before, _local.per_image = _local.per_image, names
+    try:
+        yield
+    finally:
+        _local.per_image = before
