@@ -27,8 +27,7 @@ from .encoder.inputs import IMAGE_INPUTS, sample_inputs
 from .encoder.quantized import has_packed_weights
 from .simulation import StepCost, blank_copy, simulate_step
 from .skeleton import METHODS, MethodOptions, apply_method, safetensors_bytes, saved_tensors
-from .tuners.vpt.check import check_shortcuts
-from .tuners.vpt.store import find_store
+from .tuners.vpt.parameters import find_parameters
 
 
 # Moments kept per trained value
@@ -168,7 +167,7 @@ def estimate_costs(
         with torch.random.fork_rng(devices=[]):
             if method is not None and backbone not in specs:
                 found = find_encoder(model, backbone)
-                specs[backbone] = check_shortcuts(_base(model), submodule(model, found.path), found)
+                specs[backbone] = found
             skeleton, path = blank_copy(model, "meta", weights), None
             if method is not None:
                 path = specs[backbone].path
@@ -290,7 +289,7 @@ def _simulator(
     with mode:
         model = blank_copy(skeleton, device)
     base = _base(model)
-    store = find_store(model)
+    store = find_parameters(model)
     if store is not None:
         encoder: Any = store.encoder
     else:

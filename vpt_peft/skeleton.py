@@ -18,7 +18,7 @@ from .heads import trained_modules
 from .training.baselines import MLPHead, add_bottleneck_adapters, add_side_network, keep_frozen_in_eval
 from .training.structure import find_head, find_output_layer
 from .tuners import GatedVPTConfig, VPTConfig
-from .tuners.vpt.store import VPTPromptStore
+from .tuners.vpt.parameters import VPTParameters
 
 
 SAFETENSORS_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -94,13 +94,8 @@ def apply_method(model: Any, spec: EncoderSpec, method: str | PeftConfig, option
             keep_frozen_in_eval(model, list(trained_modules(adapted)))
             return adapted
         # With the store in place the encoder is not traced again, which takes weights
-        VPTPromptStore(spec, submodule(model, spec.path), model).attach()
+        VPTParameters(spec, submodule(model, spec.path), model).attach()
         adapted = get_peft_model(model, config)
-    if config.bias == "all":
-        # PEFT takes the store for an earlier adapter, beside which it would leave the biases as they are
-        for name, parameter in adapted.named_parameters():
-            if "bias" in name and ".original_module." not in name:
-                parameter.requires_grad_(True)
     return adapted
 
 
