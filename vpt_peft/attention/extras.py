@@ -39,7 +39,7 @@ class PromptedBlock(Protocol):
         """Take the attention outputs of prompts beside windows, `(batch · windows, prompts, heads, head_dim)`."""
 
 
-@dataclass
+@dataclass(slots=True)
 class AttentionExtras:
     """What one attention call gets from prompts.
 
@@ -138,7 +138,8 @@ def scale_queries(query: torch.Tensor, temperature: torch.Tensor) -> torch.Tenso
     """
     if temperature.shape[0] > 1:
         temperature = over_rows(temperature, query.shape[0])
-    return _ScaleQueries.apply(query, temperature.reshape(-1, *[1] * (query.dim() - 1)).to(query.dtype))
+    temperature = temperature.view(-1, *[1] * (query.dim() - 1)).to(query.dtype)
+    return _ScaleQueries.apply(query, temperature) if torch.is_grad_enabled() else query / temperature
 
 
 def _normed(block: nn.Module, spec: AttentionSpec, prompts: torch.Tensor) -> torch.Tensor:
@@ -170,9 +171,11 @@ def project_queries(block: nn.Module, spec: AttentionSpec, prompts: torch.Tensor
 
 def over_rows(per_image: torch.Tensor, rows: int) -> torch.Tensor:
     """Expand `(batch or 1, ...)` to `rows` rows; with several rows per image (windows) images vary slowest."""
+    if per_image.shape[0] == rows:
+        return per_image
     if per_image.shape[0] == 1:
         return per_image.expand(rows, *per_image.shape[1:])
-    return per_image if per_image.shape[0] == rows else per_image.repeat_interleave(rows // per_image.shape[0], dim=0)
+    return per_image.repeat_interleave(rows // per_image.shape[0], dim=0)
 
 
 def insert_columns(mask: torch.Tensor, dim: int, position: int, count: int, value: Any) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,9 +36,10 @@ class PromptedConfig:
 
     @property
     def _attn_implementation(self) -> str:
-        prompted = PREFIX + (self.wrapped._attn_implementation or "eager")
+        name = self.wrapped._attn_implementation or "eager"
+        prompted = PREFIX + name
         if prompted not in AttentionInterface._global_mapping:
-            AttentionInterface.register(prompted, prompted_attention)
+            AttentionInterface.register(prompted, partial(prompted_attention, name))
         return prompted
 
     def __getattr__(self, name: str) -> Any:
@@ -58,6 +60,7 @@ class _Unprompted:
 
 
 def prompted_attention(
+    name: str,
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -69,6 +72,8 @@ def prompted_attention(
     """The attention function of a prompted block: the chosen one, on keys and values that include the prompts.
 
     Args:
+        name: The chosen attention function.
+        module: The attention module.
         query, key, value: `(batch, heads, tokens, head_dim)`, from the module.
         attention_mask: As the chosen function takes it: a tensor, a flex `BlockMask` or `None`.
 
@@ -76,8 +81,7 @@ def prompted_attention(
         The output `(batch, tokens, heads, head_dim)` and the attention maps `(batch, heads, tokens, tokens)` where the
         function returns them, without the rows and columns of prompts.
     """
-    layer, wrapped = module.config.layer, module.config.wrapped
-    name = wrapped._attn_implementation or "eager"
+    layer: PromptedBlock = module.config.layer
     extras: AttentionExtras | None = layer.extras(query)
     if extras is None:
         return _base_function(layer, name)(_seen_by(name, module), query, key, value, attention_mask, *args, **kwargs)

@@ -28,7 +28,7 @@ def _split(attention: nn.Module, head_map: HeadMap, projected: torch.Tensor, hea
         projected = split.select(-2 if head_map.heads_first else -3, head_map.part).flatten(-2)
     if head_map.norm is not None and not head_map.norm_per_head:
         projected = submodule(attention, head_map.norm)(projected)
-    result = projected.unflatten(-1, (heads, -1)).transpose(-2, -3)
+    result = projected.reshape(*projected.shape[:-1], heads, -1).transpose(-2, -3)
     if head_map.norm is not None and head_map.norm_per_head:
         result = submodule(attention, head_map.norm)(result)
     if head_map.unit_length:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 
@@ -132,7 +133,13 @@ class EncoderSpec:
 
 
 def submodule(root: Any, path: str) -> Any:
-    """The module at a dotted path, looked up by attribute so that wrappers added later are found."""
-    for name in path.split(".") if path else ():
-        root = getattr(root, name)
+    """The module at a dotted path, looked up at each call so that wrappers added later are found."""
+    for name in _names(path):
+        child = root._modules.get(name)
+        root = getattr(root, name) if child is None else child
     return root
+
+
+@cache
+def _names(path: str) -> tuple[str, ...]:
+    return tuple(path.split(".")) if path else ()

@@ -267,18 +267,21 @@ class VPTLayer(nn.Module, PromptTunerLayer):
             return None
         extras = AttentionExtras(mask_open=self.spec.attention.mask_open, maps=maps)
         extras.prefix, extras.inserted, extras.all_tokens = self.owner.spec.prefix, here.inserted, here.all_tokens
-        for adapter, _ in here.prompts:
+        made: list[Pair] = []
+        beside: list[torch.Tensor] = []
+        for adapter, layout in here.prompts:
             temperature = adapter.temperature(self.index)
             if temperature is not None:
                 temperature = per_image(here.mixed, adapter.name, temperature.to(like.device, like.dtype))
                 extras.temperature = temperature if extras.temperature is None else extras.temperature * temperature
+            if layout.mode == "window":
+                beside.append(here.states[adapter.name])
+                made.append(self._project(beside[-1], like))
+            elif layout.mode == "kv" and here.mixed is None:
+                made.append(self.key_values(here, adapter, layout, like))
         if here.mixed is not None:
             self._add_mixed(extras, here, like)
-            return extras
-        beside = [here.states[a.name] for a, layout in here.prompts if layout.mode == "window"]
-        made = [self._project(prompts, like) for prompts in beside]
-        made += [self.key_values(here, a, layout, like) for a, layout in here.prompts if layout.mode == "kv"]
-        if len(made) == 1:
+        elif len(made) == 1:
             extras.keys, extras.values = made[0]
         elif made:
             extras.keys, extras.values = (tokens.join([pair[part] for pair in made]) for part in (0, 1))
@@ -303,6 +306,9 @@ class VPTLayer(nn.Module, PromptTunerLayer):
         made_of, sources = self._merged_from[adapter.name], adapter.sources()
         if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
             return False
+        if torch.compiler.is_compiling():
+            # Parameters have stand-ins in a graph, which have no versions
+            return True
         return len(made_of) == len(sources) and all(
             old is source and version == source._version
             for (old, version), source in zip(made_of, sources, strict=True)
