@@ -274,7 +274,13 @@ def test_misspelt_names():
 
 
 def test_names_that_peft_would_wrap_twice():
-    check_task_type(vit(), ["classifier"], ["classifier"], "SEQ_CLS")
-    check_task_type(nested_head(), ["classifier"], ["classifier"], None)
-    with pytest.raises(ValueError, match="task_type='SEQ_CLS'.*classifier.classifier"):
-        check_task_type(nested_head(), ["classifier"], ["classifier"], "SEQ_CLS")
+    check_task_type(vit(), ["classifier"], "SEQ_CLS")
+    check_task_type(nested_head(), ["classifier"], None)
+    check_task_type(upernet(), ["decode_head", "auxiliary_head"], "SEQ_CLS")
+    for model, paths, task_type, named in (
+        (nested_head(), ["classifier"], "SEQ_CLS", "classifier.classifier"),
+        (dpt(), ["head"], "SEQ_CLS", "head.head"),
+        (upernet(), ["decode_head"], "TOKEN_CLS", "decode_head.classifier"),
+    ):
+        with pytest.raises(ValueError, match=f"task_type='{task_type}'.*{named}"):
+            check_task_type(model, paths, task_type)

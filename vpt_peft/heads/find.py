@@ -125,28 +125,27 @@ def modules_to_wrap(
     return [path for path in dict.fromkeys(found) if not any(path.startswith(f"{other}.") for other in found)]
 
 
-def check_task_type(model: nn.Module, names: Iterable[str], paths: Iterable[str], task_type: str | None) -> None:
+def check_task_type(model: nn.Module, paths: Iterable[str], task_type: str | None) -> None:
     """Check that PEFT, which wraps modules again by the ends of their paths for some task types, meets heads only.
 
     Args:
         model: The model, or a PEFT model around it.
-        names: `modules_to_save` as PEFT will read it.
-        paths: What is wrapped.
+        paths: What is wrapped, and what `modules_to_save` holds when PEFT reads it.
         task_type: `task_type` of the configuration.
 
     Raises:
         ValueError: Other modules, in a head or beside it, have such a name too.
     """
-    kind, wrapped = str(getattr(task_type, "value", task_type)), set(paths)
-    if kind not in GUESSES:
+    kind, wrapped = str(getattr(task_type, "value", task_type)), list(paths)
+    if kind not in GUESSES or not wrapped:
         return
-    ends = tuple(names)
-    clash = [path for path, _ in base_model(model).named_modules() if path.endswith(ends) and path not in wrapped]
-    clash = [path for path in clash if ".original_module" not in path and ".modules_to_save" not in path]
-    if ends and clash:
+    # For sequence classification PEFT appends its guesses before the head is found, else behind
+    names = tuple(wrapped) if kind == "SEQ_CLS" else (*wrapped, *GUESSES[kind])
+    clash = [path for path in _module_paths(base_model(model)) if path.endswith(names) and path not in wrapped]
+    if clash:
         raise ValueError(
-            f"task_type={kind!r}: PEFT then wraps every module whose name ends like one of modules_to_save={list(ends)}, "
-            f"here also {', '.join(clash)}; leave task_type out."
+            f"task_type={kind!r}: PEFT then wraps every module whose path ends in one of {list(names)}, here also "
+            f"{', '.join(clash)}; leave task_type out."
         )
 
 
