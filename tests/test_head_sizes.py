@@ -41,7 +41,8 @@ class TwoLayers(nn.Module):
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.num_labels, self.hidden = config.num_labels, nn.Linear(WIDTH, WIDTH)
+        self.config, self.num_labels, self.hidden = config, config.num_labels, nn.Linear(WIDTH, WIDTH)
+        self.bins = nn.Parameter(torch.zeros(config.num_labels))
         self.masks = nn.Conv2d(WIDTH, config.num_labels + 1, 1)
         self.register_buffer("weights", torch.ones(config.num_labels))
 
@@ -87,7 +88,8 @@ def test_only_what_differs_is_drawn():
     assert head.masks.weight.shape == (4, WIDTH, 1, 1) and head.masks.out_channels == 4 and head.num_labels == 3
     assert 2.9 < head.masks.weight.mean() < 3.1 and head.masks.weight.std() < 0.1
     assert torch.allclose(head.masks.bias, torch.full((4,), -4.6))
-    assert head.weights.shape == (3,)
+    assert head.weights.shape == (3,) and torch.equal(head.bins, torch.zeros(3))
+    assert head.config.num_labels == 3 and model.config.num_labels == 5
     assert wrapper.original_module.masks.weight.shape[0] == 6 and wrapper.original_module.num_labels == 5
 
 
@@ -219,7 +221,10 @@ def test_labels_follow_the_adapter():
     assert switch.of("task").problem_type == "single_label_classification"
     switch.use(None)
     assert read_labels(model.config) == base
+    assert loss(model, torch.tensor([2, 1])).isfinite()
     switch.use("task")
+    base = switch.of(None)
+    assert base.problem_type == "single_label_classification"
     switch.remove("task")
     assert read_labels(model.config) == base and switch.active is None and "task" not in switch.of_adapters
 

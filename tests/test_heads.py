@@ -149,6 +149,14 @@ class OwnPreTrained(PreTrainedModel):
         return self.linear(self.vit(pixel_values=pixel_values).last_hidden_state[:, 0])
 
 
+class OwnForCaptioning(OwnPreTrained):
+    """A task model with a language model in it."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__(config)
+        self.text = text()
+
+
 class Towers(nn.Module):
     """Two classifiers side by side."""
 
@@ -216,6 +224,7 @@ def found(model: nn.Module, backbone: str | None = None) -> list[str]:
         (git, None, []),
         (llava, None, []),
         (captioner, None, []),
+        (lambda: OwnForCaptioning(ViTConfig(**VIT)), None, []),
     ],
 )  # fmt: skip
 def test_heads_stand_anywhere(make, backbone: str | None, expected: list[str]):
