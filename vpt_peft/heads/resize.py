@@ -142,6 +142,4 @@ def _draw(model: Any, paths: list[str]) -> None:
         for module in head.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-    for module in model.modules():
-        vars(module).pop("_is_hf_initialized", None)
     model.initialize_weights()
