@@ -181,7 +181,7 @@ def test_token_layout(name: str, prefix: int, final_norm: str | None, patch_embe
     require_installed(name)
     with computing_in_float64(name):
         spec = find_encoder(build(name))
-    assert spec.prefix == prefix
+    assert spec.num_prefix_tokens == prefix
     assert spec.final_norm == final_norm
     assert spec.patch_embedding == patch_embedding
     assert spec.image_size == (32, 32)
@@ -211,14 +211,14 @@ def test_low_precision_finds_the_same(name: str, dtype: torch.dtype):
     assert spec.special == exact.special
 
 
-def test_maps_are_found_through_lora():
+def test_projections_are_found_through_lora():
     model = get_peft_model(
         vit(), LoraConfig(target_modules=["k_proj", "v_proj", "key", "value"], init_lora_weights=False)
     )
     spec = find_encoder(model)
     key, value = spec.blocks[0].attention.key, spec.blocks[0].attention.value
     assert key is not None and value is not None
-    # The wrapper, not the frozen map inside it.
+    # The wrapper, not the frozen layer inside it.
     assert "base_layer" not in key.path and "base_layer" not in value.path
     assert key.path.startswith("k") and value.path.startswith("v")
 

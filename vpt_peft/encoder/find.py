@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .inputs import IMAGE_INPUTS, sample_inputs
-from .maps import match_map
+from .inputs import IMAGE_INPUTS, channel_counts, is_packed, sample_inputs
+from .projections import match_projection
 from .spec import AttentionSpec, BlockSpec, EncoderError, EncoderSpec
 from .trace import AttentionCall, Call, Trace, block_arguments, first_tensor, in_eval, trace_encoder
 
@@ -74,7 +74,7 @@ def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
         (path, module)
         for path, module in model.named_modules()
         if hasattr(module, "config")
-        and any(name in signature(module.forward).parameters for name in IMAGE_INPUTS)
+        and (any(name in signature(module.forward).parameters for name in IMAGE_INPUTS) or is_packed(module))
         and any(_is_stack(child) for child in module.modules())
     ]
     return [
@@ -134,16 +134,17 @@ def _describe(encoder: nn.Module, path: str, trace: Trace, inputs: dict[str, Any
         blocks.append(known[signature])
     first, last = runs[order[0]], runs[order[-1]]
     images = first_tensor(inputs)
+    plain = images is not None and images.dim() >= 4
+    convolutions = [call for call in trace.calls if isinstance(call.module, (nn.Conv2d, nn.Conv3d))]
     return EncoderSpec(
         path=path,
         blocks=tuple(blocks),
         special=_special_positions(encoder, first, inputs),
         final_norm=_final_norm(trace, last),
-        patch_embedding=next(
-            (c.path for c in trace.calls if isinstance(c.module, (nn.Conv2d, nn.Conv3d)) and c.order < first.order),
-            None,
-        ),
-        image_size=(images.shape[-2], images.shape[-1]) if images is not None and images.dim() >= 4 else None,
+        patch_embedding=next((c.path for c in convolutions if plain and c.order < first.order), None),
+        image_size=(images.shape[-2], images.shape[-1]) if plain else None,
+        channels=images.shape[-3] if plain else channel_counts(encoder)[0],
+        packed=is_packed(encoder),
         merges=_merges(trace, [runs[block] for block in order]),
         model_type=str(getattr(encoder.config, "model_type", "")),
     )
@@ -173,7 +174,7 @@ def _describe_block(
     if twin is not None and twin.attention.key is not None:
         query, key, value = twin.attention.query, twin.attention.key, twin.attention.value
     else:
-        query, key, value = _match_maps(attention, inner)
+        query, key, value = _match_projections(attention, inner)
     heads = 0
     if key is not None:
         made_from = next(c for c in inner if c.path == f"{attention.path}.{key.path}")
@@ -212,7 +213,7 @@ def _describe_block(
     return BlockSpec(
         path=path,
         width=call.input.shape[-1],
-        tokens=math.prod(block.input.shape[1:-1]),
+        tokens=math.prod(block.input.shape[1:-1] if block.input.dim() > 2 else block.input.shape[:1]),
         attention=spec,
         argument=block.argument,
         takes_tokens=not reason,
@@ -222,11 +223,11 @@ def _describe_block(
     )
 
 
-def _match_maps(attention: AttentionCall, inner: list[Call]):
+def _match_projections(attention: AttentionCall, inner: list[Call]):
     """Query, key and value maps; all `None` where keys or values are not found."""
     if attention.value is not None:
         query, key, value = (
-            match_map(attention.module, inner, target, attention.path, name)
+            match_projection(attention.module, inner, target, attention.path, name)
             for name, target in (("query", attention.query), ("key", attention.key), ("value", attention.value))
         )
         if key is not None and value is not None:
@@ -252,6 +253,8 @@ def _open_value(mask: torch.Tensor | None) -> float:
 
 def _why_no_tokens(block: Call, call: Call, attention: AttentionCall) -> str:
     tokens, inputs = block.input, call.input
+    if tokens is not None and tokens.dim() == 2:
+        return "its blocks take the tokens of all images as one sequence"
     if tokens is None or inputs is None or tokens.dim() != 3:
         return "its blocks see the tokens as a grid"
     if inputs.dim() != 3 or inputs.shape[0] != tokens.shape[0] or attention.key.dim() not in (3, 4):

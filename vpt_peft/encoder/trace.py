@@ -24,7 +24,7 @@ SDPA = torch.nn.functional.scaled_dot_product_attention
 
 @dataclass
 class Call:
-    """One execution of a module: its path, first tensor argument (its name, if by keyword) and first tensor output."""
+    """One call of a module: its path, first tensor argument (with its name, if passed by keyword) and first output."""
 
     path: str
     module: nn.Module
@@ -36,7 +36,7 @@ class Call:
 
 @dataclass
 class AttentionCall:
-    """One softmax attention inside a module: `query`, `key`, `value` as the attention arithmetic received them."""
+    """One softmax attention inside a module, with `query`, `key` and `value` as they enter the product."""
 
     path: str
     module: nn.Module
@@ -51,7 +51,7 @@ class AttentionCall:
 
 @dataclass
 class Trace:
-    """All calls of one forward pass; `order` counts finished modules and attention calls."""
+    """All calls of one forward pass; `order` counts modules and attention calls as they finish."""
 
     calls: list[Call] = field(default_factory=list)
     attention: list[AttentionCall] = field(default_factory=list)
@@ -59,7 +59,7 @@ class Trace:
 
 
 def first_tensor(value: Any) -> torch.Tensor | None:
-    """The first tensor in a nest of tuples, lists and dicts (hidden states come first in every block)."""
+    """The first tensor in nested tuples, lists and dicts (hidden states come first in every block)."""
     if isinstance(value, torch.Tensor):
         return value
     items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
@@ -67,7 +67,7 @@ def first_tensor(value: Any) -> torch.Tensor | None:
 
 
 class Recorder(TorchFunctionMode):
-    """Watches modules, `AttentionInterface` look-ups and softmax attention while active."""
+    """Records module calls, `AttentionInterface` look-ups and softmax attention while active."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class Recorder(TorchFunctionMode):
 
 @contextmanager
 def in_eval(module: nn.Module) -> Iterator[None]:
-    """Put a module in eval mode and give every submodule its own mode back afterwards."""
+    """Put a module in eval mode and restore the mode of every submodule afterwards."""
     modes = [(child, child.training) for child in module.modules()]
     module.eval()
     unpacked = forbid_packing(module)
@@ -160,9 +160,9 @@ def in_eval(module: nn.Module) -> Iterator[None]:
 
 
 def trace_encoder(encoder: nn.Module, inputs: dict[str, Any]) -> Trace:
-    """One forward pass of `encoder` under a recorder, in eval mode, without gradients or random side effects.
+    """Run `encoder` once under a recorder, in eval mode, without gradients, leaving the random state as it was.
 
-    A failing forward pass is reported in `Trace.failure`, with what was seen up to then.
+    If the pass fails, `Trace.failure` holds the exception and the trace what was recorded until then.
     """
     recorder = Recorder(encoder)
     removers = []
@@ -190,10 +190,10 @@ def trace_encoder(encoder: nn.Module, inputs: dict[str, Any]) -> Trace:
     return recorder.trace
 
 
-def shaken(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, torch.Tensor]:
-    """Named parameters with some noise, for `torch.func.functional_call`; quantised ones are left out.
+def perturbed(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, torch.Tensor]:
+    """Named parameters plus noise, for `torch.func.functional_call`; quantised ones are left out.
 
-    Weights that are zero (a new head, say) would hide what an output depends on.
+    Zero weights, as in a new head, would hide what an output depends on.
     """
     generator = torch.Generator().manual_seed(0)
     return {
@@ -205,8 +205,11 @@ def shaken(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, torch.Te
     }
 
 
+shaken = perturbed  # alias
+
+
 class _Reached(Exception):
-    """Ends a forward pass at a block whose arguments are wanted."""
+    """Ends a forward pass at the block whose arguments are asked for."""
 
 
 def block_arguments(encoder: nn.Module, block: nn.Module, inputs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
