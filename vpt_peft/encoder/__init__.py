@@ -1,6 +1,7 @@
 """Find the blocks, norms and attention of any vision encoder by running it."""
 
 from .find import describe_encoder, find_encoder
+from .reading import read_blocks
 from .spec import AttentionSpec, BlockSpec, EncoderError, EncoderSpec, Projection, submodule
 
 
@@ -12,5 +13,6 @@ __all__ = [
     "Projection",
     "describe_encoder",
     "find_encoder",
+    "read_blocks",
     "submodule",
 ]

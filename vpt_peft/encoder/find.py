@@ -134,16 +134,16 @@ def _describe(encoder: nn.Module, path: str, trace: Trace, inputs: dict[str, Any
         blocks.append(known[signature])
     first, last = runs[order[0]], runs[order[-1]]
     images = first_tensor(inputs)
-    plain = images is not None and images.dim() >= 4
+    plain = images if images is not None and images.dim() >= 4 else None
     convolutions = [call for call in trace.calls if isinstance(call.module, (nn.Conv2d, nn.Conv3d))]
     return EncoderSpec(
         path=path,
         blocks=tuple(blocks),
         special=_special_positions(encoder, first, inputs),
         final_norm=_final_norm(trace, last),
-        patch_embedding=next((c.path for c in convolutions if plain and c.order < first.order), None),
-        image_size=(images.shape[-2], images.shape[-1]) if plain else None,
-        channels=images.shape[-3] if plain else channel_counts(encoder)[0],
+        patch_embedding=next((c.path for c in convolutions if plain is not None and c.order < first.order), None),
+        image_size=(plain.shape[-2], plain.shape[-1]) if plain is not None else None,
+        channels=plain.shape[-3] if plain is not None else channel_counts(encoder)[0],
         packed=is_packed(encoder),
         merges=_merges(trace, [runs[block] for block in order]),
         model_type=str(getattr(encoder.config, "model_type", "")),

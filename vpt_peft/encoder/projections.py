@@ -66,7 +66,9 @@ def _heads_of(target: torch.Tensor, heads: int) -> torch.Tensor | None:
     return None
 
 
-def _candidates(calls: list[Call], target: torch.Tensor, attention_path: str) -> Iterator[tuple[Call, Projection, int]]:
+def _candidates(
+    calls: list[Call], target: torch.Tensor, attention_path: str
+) -> Iterator[tuple[Call, Projection, int]]:
     head_dim = target.shape[-1]
     for call in sorted(calls, key=lambda call: (call.path.count("."), call.order)):
         if call.output is None or call.input is None or call.path == attention_path:
