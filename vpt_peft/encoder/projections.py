@@ -18,7 +18,10 @@ Measure = Callable[[torch.Tensor], torch.Tensor]
 
 def apply_projection(attention: nn.Module, projection: Projection, tokens: torch.Tensor, heads: int) -> torch.Tensor:
     """Project tokens `(..., tokens, width)` to `(..., heads, tokens, head_dim)` with the module's own layer."""
-    return _split(attention, projection, submodule(attention, projection.path)(tokens), heads)
+    projected = submodule(attention, projection.path)(tokens)
+    if projection.bias:
+        projected = projected + torch.cat([submodule(attention, name) for name in projection.bias])
+    return _split(attention, projection, projected, heads)
 
 
 def _split(attention: nn.Module, projection: Projection, projected: torch.Tensor, heads: int) -> torch.Tensor:
@@ -76,14 +79,15 @@ def _candidates(
         has_weights = isinstance(getattr(call.module, "weight", None), torch.Tensor) or has_packed_weights(call.module)
         if not has_weights or "norm" in type(call.module).__name__.lower():
             continue
-        path = call.path[len(attention_path) + 1 if attention_path else 0 :]
+        start = len(attention_path) + 1 if attention_path else 0
+        path, bias = call.path[start:], tuple(name[start:] for name in call.bias)
         for parts in (1, 2, 3):
             if call.output.shape[-1] % (parts * head_dim):
                 continue
             heads = call.output.shape[-1] // (parts * head_dim)
             for part in range(parts):
                 for heads_first in (False, True) if parts > 1 else (False,):
-                    yield call, Projection(path, parts, part, heads_first), heads
+                    yield call, Projection(path, parts, part, heads_first, bias=bias), heads
 
 
 def match_projection(

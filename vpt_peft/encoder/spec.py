@@ -23,6 +23,8 @@ class Projection:
         norm: Dotted path of a norm applied to the result (a key norm), relative to the attention module.
         norm_per_head: The norm runs over `head_dim`, not over the full width.
         unit_length: The result is scaled to unit length per head (cosine attention).
+        bias: Dotted paths of parameters whose concatenation is added to the layer's output, relative to the attention
+            module; empty where the layer has its own bias, or none.
         exact: Recognised by its values, not only by vector lengths, which rotary embeddings preserve.
     """
 
@@ -33,6 +35,7 @@ class Projection:
     norm: str | None = None
     norm_per_head: bool = False
     unit_length: bool = False
+    bias: tuple[str, ...] = ()
     exact: bool = True
 
 

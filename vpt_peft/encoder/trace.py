@@ -24,7 +24,10 @@ SDPA = torch.nn.functional.scaled_dot_product_attention
 
 @dataclass
 class Call:
-    """One call of a module: its path, first tensor argument (with its name, if passed by keyword) and first output."""
+    """One call of a module: its path, first tensor argument (with its name, if passed by keyword) and first output.
+
+    `bias` holds dotted paths of parameters outside the module whose concatenation was added to its output.
+    """
 
     path: str
     module: nn.Module
@@ -32,6 +35,7 @@ class Call:
     argument: str | None = None
     output: torch.Tensor | None = None
     order: int = -1
+    bias: tuple[str, ...] = ()
 
 
 @dataclass
@@ -75,6 +79,9 @@ class Recorder(TorchFunctionMode):
         self.stack: list[Call] = []
         self.trace = Trace()
         self.products: list[tuple[Call, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        owned = ((module, module._parameters.get("weight")) for module in self.paths)
+        self.owners = {id(weight): module for module, weight in owned if weight is not None}
+        self.joined: dict[int, tuple[torch.Tensor, tuple[str, ...]]] = {}
         self.inside_interface = False
         self.count = 0
 
@@ -117,6 +124,11 @@ class Recorder(TorchFunctionMode):
                 self.see_product(args[0], args[1], result)
             elif func in SOFTMAXES:
                 self.see_softmax(args[0] if args else kwargs["input"])
+            elif func is torch.nn.functional.linear:
+                names = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+                self.see_linear(names["input"], names["weight"], names.get("bias"), result)
+            elif func is torch.cat:
+                self.see_joined(args[0] if args else kwargs["tensors"], result)
             elif func is SDPA:
                 names = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
                 top = self.stack[-1]
@@ -137,12 +149,43 @@ class Recorder(TorchFunctionMode):
         self.products.append((self.stack[-1], left, right, result))
 
     def see_softmax(self, scores: torch.Tensor) -> None:
-        top = self.stack[-1]
         for call, left, right, result in reversed(self.products):
-            if call is top and result.shape[-2:] == scores.shape[-2:]:
+            # The softmax may be a module inside the one that takes the product
+            if any(call is each for each in self.stack[-2:]) and result.shape[-2:] == scores.shape[-2:]:
                 key = right.transpose(-1, -2)
-                self.trace.attention.append(AttentionCall(top.path, top.module, left, key, None, order=self.tick()))
+                self.trace.attention.append(AttentionCall(call.path, call.module, left, key, None, order=self.tick()))
                 return
+
+    def see_joined(self, parts: Any, result: torch.Tensor) -> None:
+        """Remember a bias made of several parameters or buffers of the module that runs."""
+        names = [self.name_of(part) for part in parts] if result.dim() == 1 else [None]
+        if all(names):
+            self.joined[id(result)] = result, tuple(name for name in names if name)
+
+    def see_linear(
+        self, tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, result: torch.Tensor
+    ) -> None:
+        """Record a linear layer whose weight is used without calling the layer, with a bias from elsewhere."""
+        owner = self.owners.get(id(weight))
+        if owner is None or owner is self.stack[-1].module:
+            return
+        names: tuple[str, ...] = ()
+        own = owner._parameters.get("bias")
+        if own is not bias:
+            if own is not None or bias is None:
+                return
+            name = self.name_of(bias)
+            names = (name,) if name else self.joined.get(id(bias), (bias, ()))[1]
+            if not names and bias.any():
+                return
+        self.trace.calls.append(Call(self.paths[owner], owner, tokens, None, result, self.tick(), names))
+
+    def name_of(self, tensor: torch.Tensor) -> str | None:
+        """Dotted path of a parameter or buffer of the module that runs."""
+        top = self.stack[-1]
+        own = {**top.module._parameters, **top.module._buffers}
+        found = next((name for name, value in own.items() if value is tensor), None)
+        return f"{top.path}.{found}".lstrip(".") if found else None
 
 
 @contextmanager
