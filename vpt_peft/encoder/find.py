@@ -37,8 +37,9 @@ def find_encoder(model: nn.Module, backbone: str | None = None) -> EncoderSpec:
     found = _candidates(model)
     if not found:
         raise EncoderError(
-            f"{type(model).__name__} has no vision encoder: no part of it takes `pixel_values`. Prompts are for vision "
-            "transformers; pass a transformers vision model or a model with a vision tower."
+            f"{type(model).__name__} has no vision encoder: no part of it takes `pixel_values`, or patches with their "
+            "`grid_thw`. Prompts are for vision transformers; pass a transformers vision model or a model with a vision "
+            "tower."
         )
     specs, failures = [], []
     for path, encoder in found:
@@ -134,7 +135,7 @@ def _describe(encoder: nn.Module, path: str, trace: Trace, inputs: dict[str, Any
         blocks.append(known[signature])
     first, last = runs[order[0]], runs[order[-1]]
     images = first_tensor(inputs)
-    plain = images if images is not None and images.dim() >= 4 else None
+    plain = images if images is not None and images.dim() >= 4 and not is_packed(encoder) else None
     convolutions = [call for call in trace.calls if isinstance(call.module, (nn.Conv2d, nn.Conv3d))]
     return EncoderSpec(
         path=path,
@@ -200,7 +201,8 @@ def _describe_block(
         eager=attention.eager,
         mask_open=_open_value(mask),
     )
-    reason = _why_no_tokens(block, call, attention)
+    packed = "its blocks take the tokens of all images as one sequence"
+    reason = packed if is_packed(encoder) else _why_no_tokens(block, call, attention)
     windowed = (
         bool(reason)
         and block.input.dim() == 3
@@ -253,8 +255,6 @@ def _open_value(mask: torch.Tensor | None) -> float:
 
 def _why_no_tokens(block: Call, call: Call, attention: AttentionCall) -> str:
     tokens, inputs = block.input, call.input
-    if tokens is not None and tokens.dim() == 2:
-        return "its blocks take the tokens of all images as one sequence"
     if tokens is None or inputs is None or tokens.dim() != 3:
         return "its blocks see the tokens as a grid"
     if inputs.dim() != 3 or inputs.shape[0] != tokens.shape[0] or attention.key.dim() not in (3, 4):

@@ -11,14 +11,15 @@ from torch import nn
 
 
 IMAGE_INPUTS = ("pixel_values", "pixel_values_videos")
-# Of encoders that take the patches of all images as one sequence, with a grid (frames, rows, columns) for each image
-PACKED_INPUTS = ("hidden_states", "grid_thw")
+# (frames, rows, columns) of each image, for encoders that take the patches of all images as one sequence
+GRID = "grid_thw"
 Draw = Callable[..., torch.Tensor]
 
 
 def is_packed(module: nn.Module) -> bool:
     """Whether a model takes the patches of all images as one sequence."""
-    return set(PACKED_INPUTS) <= set(signature(module.forward).parameters)
+    accepted = signature(module.forward).parameters
+    return GRID in accepted and ("hidden_states" in accepted or IMAGE_INPUTS[0] in accepted)
 
 
 def _pair(size: Any) -> tuple[int, int]:
@@ -84,21 +85,27 @@ def sample_inputs(encoder: nn.Module) -> Iterator[dict[str, Any]]:
 
     for channels in channel_counts(encoder):
         if is_packed(encoder):
-            yield _packed_patches(encoder.config, channels, draw)
+            yield from _packed_patches(encoder, channels, draw)
             continue
         for size in _image_sizes(encoder):
             yield from _images(encoder, channels, size, draw)
 
 
-def _packed_patches(config: Any, channels: int, draw: Draw) -> dict[str, Any]:
-    """One square image that fits into one attention window."""
+def _packed_patches(encoder: nn.Module, channels: int, draw: Draw) -> Iterator[dict[str, Any]]:
+    """One square image that fits into one attention window; its patches flattened, or as small images."""
+    config, accepted = encoder.config, signature(encoder.forward).parameters
     patch = _pair(_first_set(config, "patch_size") or 14)[0]
-    merged = _first_set(config, "spatial_merge_size") or 1
+    merged = _pair(_first_set(config, "spatial_merge_size", "merge_kernel_size") or 1)[0]
     window = _first_set(config, "window_size")
     side = merged * (2 if window is None else min(2, max(window // patch // merged, 1)))
-    values = channels * (_first_set(config, "temporal_patch_size") or 1) * patch * patch
-    patches = draw(side * side, values)
-    return {"hidden_states": patches, "grid_thw": torch.tensor([[1, side, side]], device=patches.device)}
+    frames = _first_set(config, "temporal_patch_size") or 1
+    name = "hidden_states" if "hidden_states" in accepted else IMAGE_INPUTS[0]
+    for shape in ((channels * frames * patch * patch,), (channels, patch, patch)):
+        patches = draw(side * side, *shape)
+        inputs = {name: patches, GRID: torch.tensor([[1, side, side]], device=patches.device)}
+        if "merge_sizes" in accepted:
+            inputs["merge_sizes"] = torch.tensor([merged], device=patches.device)
+        yield inputs
 
 
 def _images(encoder: nn.Module, channels: int, size: tuple[int, int], draw: Draw) -> Iterator[dict[str, Any]]:

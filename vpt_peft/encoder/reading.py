@@ -44,6 +44,7 @@ def read_blocks(root: nn.Module, encoder: nn.Module, spec: EncoderSpec) -> tuple
         passed_on: list[Any] = []
         try:
             with in_eval(root), _unchanged(root), torch.random.fork_rng(devices=[]), torch.enable_grad():
+                encoder.register_forward_pre_hook(_refuse_attention_maps, with_kwargs=True)
                 _patch_blocks(encoder, spec, zeros)
                 for module in _feature_extractors(root, encoder):
                     module.register_forward_hook(partial(_note_output, passed_on))
@@ -96,6 +97,12 @@ def _feature_extractors(root: nn.Module, encoder: nn.Module) -> list[nn.Module]:
         for module in root.modules()
         if not hasattr(module, "get_image_features") and any(child is encoder for child in module.modules())
     ]
+
+
+def _refuse_attention_maps(encoder: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: blocks that repeat an output have no attention maps of their own."""
+    if kwargs.get("output_attentions", getattr(encoder.config, "output_attentions", False)):
+        raise ValueError("the model reads attention maps")
 
 
 def _note_output(outputs: list[Any], module: nn.Module, args: tuple, output: Any) -> None:
