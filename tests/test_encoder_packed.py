@@ -17,6 +17,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    VideoLlama3VisionConfig,
+    VideoLlama3VisionModel,
 )
 
 from vpt_peft import VPTConfig
@@ -98,6 +100,25 @@ def test_tower_is_found(name: str):
             assert projection is not None
             assert (projection.path, projection.parts, projection.part) == ("qkv", 3, part)
         assert not block.takes_tokens and "one sequence" in block.no_tokens_reason
+
+
+def test_tower_of_pixel_values_with_a_grid():
+    config = VideoLlama3VisionConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, patch_size=4, num_channels=6
+    )
+    model = VideoLlama3VisionModel(config)
+    spec = find_encoder(model)
+    assert spec.packed and spec.channels == 6 and spec.image_size is None and len(spec.blocks) == 2
+    assert not any(block.takes_tokens for block in spec.blocks)
+    assert [block.attention.value.path for block in spec.blocks] == ["v_proj", "v_proj"]
+    assert read_blocks(model, model, spec) == (True, True)
+
+
+def test_tower_that_cannot_be_run_says_why():
+    model = make("qwen2")
+    model.model.visual.config.patch_size = 5
+    with pytest.raises(EncoderError, match=r"Qwen2Vision\w+ could not be run on a random input.*size of tensor"):
+        find_encoder(model)
 
 
 @pytest.mark.parametrize("channels", [1, 4])
