@@ -317,6 +317,7 @@ def _special_positions(encoder: nn.Module, first: Call, inputs: dict[str, Any]) 
         return kwargs[first.argument] if first.argument else args[0]
 
     positions: set[int] = set()
+    generator = torch.Generator().manual_seed(0)
     base = None
     for name, parameter in encoder.named_parameters():
         leaf = name.rsplit(".", 1)[-1]
@@ -330,8 +331,8 @@ def _special_positions(encoder: nn.Module, first: Call, inputs: dict[str, Any]) 
         base = block_input() if base is None else base
         kept = parameter.detach().clone()
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                parameter.add_(torch.randn_like(parameter))
+            with torch.no_grad():
+                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter))
             moved = (block_input() - base).abs().amax(dim=(0, 2)) > 1e-6
         finally:
             with torch.no_grad():

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from .inputs import IMAGE_INPUTS, sample_inputs
 from .spec import EncoderSpec, submodule
-from .trace import in_eval
+from .trace import in_eval, random_state_kept
 
 
 # A tiled image (LLaVA-NeXT) has an overview and a few tiles; surplus tiles are cut off by the model
@@ -43,7 +43,7 @@ def read_blocks(root: nn.Module, encoder: nn.Module, spec: EncoderSpec) -> tuple
         zeros: dict[int, torch.Tensor] = {}
         passed_on: list[Any] = []
         try:
-            with in_eval(root), _unchanged(root), torch.random.fork_rng(devices=[]), torch.enable_grad():
+            with in_eval(root), _unchanged(root), random_state_kept(root), torch.enable_grad():
                 encoder.register_forward_pre_hook(_refuse_attention_maps, with_kwargs=True)
                 _patch_blocks(encoder, spec, zeros)
                 for module in _feature_extractors(root, encoder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from .quantized import allow_packing, forbid_packing
 MATRIX_PRODUCTS = frozenset({torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.bmm, torch.Tensor.__matmul__})
 SOFTMAXES = frozenset({torch.softmax, torch.nn.functional.softmax, torch.Tensor.softmax})
 SDPA = torch.nn.functional.scaled_dot_product_attention
+# A trace replaces the look-up of attention functions, which all models share
+_one_trace = threading.Lock()
 
 
 @dataclass
@@ -83,9 +86,16 @@ class Recorder(TorchFunctionMode):
         self.owners = {id(weight): module for module, weight in owned if weight is not None}
         self.joined: dict[int, tuple[torch.Tensor, tuple[str, ...]]] = {}
         self.inside_interface = False
+        self.thread = threading.get_ident()
         self.count = 0
 
+    def is_elsewhere(self) -> bool:
+        """Whether the code that asks runs in another thread, and so belongs to another forward pass."""
+        return threading.get_ident() != self.thread
+
     def enter_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.is_elsewhere():
+            return
         tokens, argument = first_tensor(args), None
         if tokens is None:
             argument = next((name for name, value in kwargs.items() if isinstance(value, torch.Tensor)), None)
@@ -94,6 +104,8 @@ class Recorder(TorchFunctionMode):
         self.stack.append(Call(self.paths[module], module, tokens, argument))
 
     def leave_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self.is_elsewhere():
+            return
         call = self.stack.pop()
         call.output, call.order = first_tensor(output), self.tick()
         self.trace.calls.append(call)
@@ -202,35 +214,56 @@ def in_eval(module: nn.Module) -> Iterator[None]:
             child.training = mode
 
 
+@contextmanager
+def random_state_kept(model: nn.Module, seed: int | None = None) -> Iterator[None]:
+    """Give the generators of the CPU and of the model's GPUs their state back afterwards.
+
+    Args:
+        model: What is going to run.
+        seed: Seed of these generators for the time being, `None` to go on from their state.
+    """
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        if seed is not None:
+            # `torch.manual_seed` would also seed GPUs that are not the model's
+            for generator in (torch.default_generator, *(torch.cuda.default_generators[index] for index in devices)):
+                generator.manual_seed(seed)
+        yield
+
+
 def trace_encoder(encoder: nn.Module, inputs: dict[str, Any]) -> Trace:
     """Run `encoder` once under a recorder, in eval mode, without gradients, leaving the random state as it was.
 
     If the pass fails, `Trace.failure` holds the exception and the trace what was recorded until then.
     """
-    recorder = Recorder(encoder)
-    removers = []
-    for module in recorder.paths:
-        removers.append(module.register_forward_pre_hook(recorder.enter_module, with_kwargs=True))
-        removers.append(module.register_forward_hook(recorder.leave_module, with_kwargs=True))
+    with _one_trace:
+        recorder = Recorder(encoder)
+        find_function = AttentionInterface.get_interface
 
-    def get_interface(interface, name, default):
-        return recorder.get_interface(name, default)
+        def get_interface(interface: AttentionInterface, name: str, default: Callable) -> Callable:
+            if recorder.is_elsewhere():
+                return find_function(interface, name, default)
+            return recorder.get_interface(name, default)
 
-    try:
-        with (
-            in_eval(encoder),
-            torch.no_grad(),
-            torch.random.fork_rng(devices=[]),
-            patch.object(AttentionInterface, "get_interface", get_interface),
-            recorder,
-        ):
-            encoder(**inputs)
-    except Exception as failure:
-        recorder.trace.failure = failure
-    finally:
-        for remover in removers:
-            remover.remove()
-    return recorder.trace
+        removers = []
+        for module in recorder.paths:
+            removers.append(module.register_forward_pre_hook(recorder.enter_module, with_kwargs=True))
+            removers.append(module.register_forward_hook(recorder.leave_module, with_kwargs=True))
+        try:
+            with (
+                in_eval(encoder),
+                torch.no_grad(),
+                random_state_kept(encoder),
+                patch.object(AttentionInterface, "get_interface", get_interface),
+                recorder,
+            ):
+                encoder(**inputs)
+        except Exception as failure:
+            recorder.trace.failure = failure
+        finally:
+            for remover in removers:
+                remover.remove()
+        return recorder.trace
 
 
 def perturbed(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, torch.Tensor]:
@@ -265,8 +298,7 @@ def block_arguments(encoder: nn.Module, block: nn.Module, inputs: dict[str, Any]
 
     handle = block.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        with in_eval(encoder), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with in_eval(encoder), torch.no_grad(), random_state_kept(encoder, seed=0):
             encoder(**inputs)
     except _Reached:
         pass
