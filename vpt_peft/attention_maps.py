@@ -50,5 +50,5 @@ def _prefix_names(encoder: nn.Module, spec: EncoderSpec) -> list[str]:
     leaves = {name.rsplit(".", 1)[-1] for name, _ in encoder.named_parameters() if "prompt_tuner" not in name}
     has_class = any("cls" in leaf or "class" in leaf for leaf in leaves)
     other = "register" if any("register" in leaf for leaf in leaves) else "prefix"
-    names = ["class"] if has_class and spec.prefix else []
-    return names + [f"{other}_{index}" for index in range(spec.prefix - len(names))]
+    names = ["class"] if has_class and spec.num_prefix_tokens else []
+    return names + [f"{other}_{index}" for index in range(spec.num_prefix_tokens - len(names))]

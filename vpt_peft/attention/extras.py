@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vpt_peft.encoder import AttentionSpec, BlockSpec, submodule
-from vpt_peft.encoder.maps import apply_head_map
+from vpt_peft.encoder.projections import apply_projection
 
 
 class AttentionMap(NamedTuple):
@@ -157,8 +157,8 @@ def project_key_values(
         raise ValueError("the attention's key and value maps are not known")
     normed = _normed(block, spec, prompts)
     attention = submodule(block, spec.path)
-    keys = apply_head_map(attention, spec.key, normed, spec.heads)
-    values = apply_head_map(attention, spec.value, normed, spec.heads)
+    keys = apply_projection(attention, spec.key, normed, spec.heads)
+    values = apply_projection(attention, spec.value, normed, spec.heads)
     return keys, values
 
 
@@ -166,7 +166,7 @@ def project_queries(block: nn.Module, spec: AttentionSpec, prompts: torch.Tensor
     """Queries of prompts `(batch, prompts, width)`, as `(batch, heads, prompts, head_dim)`."""
     if spec.query is None:
         raise ValueError("the attention's query map is not known")
-    return apply_head_map(submodule(block, spec.path), spec.query, _normed(block, spec, prompts), spec.heads)
+    return apply_projection(submodule(block, spec.path), spec.query, _normed(block, spec, prompts), spec.heads)
 
 
 def over_rows(per_image: torch.Tensor, rows: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vpt_peft.encoder import BlockSpec, EncoderError, HeadMap, submodule
+from vpt_peft.encoder import BlockSpec, EncoderError, Projection, submodule
 
 from .config import VPTConfig
 from .forward_pass import Adapter, ForwardPass, Owner, current_pass
@@ -38,7 +38,7 @@ class BiasTarget:
     key: str
     module: nn.Module
     size: int
-    projection: HeadMap | None = None
+    projection: Projection | None = None
     heads: int = 1
 
     def widen(self, offset: torch.Tensor) -> torch.Tensor:
@@ -107,7 +107,7 @@ def _key(path: str, blocks: tuple[BlockSpec, ...]) -> str:
     return path.replace(".", "/")
 
 
-def _path_of(block: nn.Module, spec: BlockSpec, place: str) -> tuple[str | None, HeadMap | None]:
+def _path_of(block: nn.Module, spec: BlockSpec, place: str) -> tuple[str | None, Projection | None]:
     """Path of a bias in a block, and for a fused projection the part that is meant."""
     attention = spec.attention
     if place == "value" and attention.value is not None:

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from vpt_peft.encoder import BlockSpec, EncoderError, EncoderSpec, submodule
 from vpt_peft.encoder.inputs import sample_inputs
 from vpt_peft.encoder.quantized import has_packed_weights, try_map
-from vpt_peft.encoder.trace import block_arguments, first_tensor, in_eval, shaken
+from vpt_peft.encoder.trace import block_arguments, first_tensor, in_eval, perturbed
 
 from .config import VPTConfig
 from .layout import make_layout
@@ -131,13 +131,13 @@ def check_skip_unread(root: nn.Module, encoder: nn.Module, spec: EncoderSpec) ->
     last, why = spec.blocks[-1], ""
     if root is encoder:
         why = "it has no head, and its output holds all tokens"
-    elif not 0 < spec.prefix == len(spec.special) or not last.takes_tokens:
+    elif not 0 < spec.num_prefix_tokens == len(spec.special) or not last.takes_tokens:
         why = "it has no class or register tokens in front of the others"
     elif not last.attention.uses_interface or last.attention.key is None:
         why = "the attention of its last block is not known"
     else:
         blocks = {id(p) for block in spec.blocks[:-1] for p in submodule(encoder, block.path).parameters()}
-        weights = shaken((name, p) for name, p in root.named_parameters() if id(p) not in blocks)
+        weights = perturbed((name, p) for name, p in root.named_parameters() if id(p) not in blocks)
         outputs = [_first_output(root, encoder, spec, weights, skip) for skip in (False, True)]
         if any(output is None for output in outputs) or outputs[0].shape != outputs[1].shape:  # type: ignore[union-attr]
             why = "it does not run on images alone with the last block cut short"

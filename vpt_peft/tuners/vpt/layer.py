@@ -144,7 +144,7 @@ class VPTLayer(nn.Module, PromptTunerLayer):
             here.prompts = [(a, self._as_input(layout, running)) for a, layout in here.prompts]
         if self.index == 0:
             hidden = self.project_patches(running, hidden)
-        position = self.owner.spec.prefix
+        position = self.owner.spec.num_prefix_tokens
         among: list[torch.Tensor] = []
         for adapter, layout in here.prompts:
             if layout.mode == "kv":
@@ -233,7 +233,7 @@ class VPTLayer(nn.Module, PromptTunerLayer):
         if among:
             lengths = [here.states[a.name].shape[1] for a, _ in among]
             cut = lengths if here.mixed is None else [here.inserted]
-            before, parts, behind = tokens.split_tokens(hidden, self.owner.spec.prefix, cut)
+            before, parts, behind = tokens.split_tokens(hidden, self.owner.spec.num_prefix_tokens, cut)
             if here.mixed is not None:
                 rows = [here.mixed.rows(a.name, hidden.device) for a, _ in among]
                 parts = [parts[0][mine, :length] for mine, length in zip(rows, lengths, strict=True)]
@@ -266,7 +266,7 @@ class VPTLayer(nn.Module, PromptTunerLayer):
         if not here.prompts and here.all_tokens is None and maps is None:
             return None
         extras = AttentionExtras(mask_open=self.spec.attention.mask_open, maps=maps)
-        extras.prefix, extras.inserted, extras.all_tokens = self.owner.spec.prefix, here.inserted, here.all_tokens
+        extras.prefix, extras.inserted, extras.all_tokens = self.owner.spec.num_prefix_tokens, here.inserted, here.all_tokens
         made: list[Pair] = []
         beside: list[torch.Tensor] = []
         for adapter, layout in here.prompts:
