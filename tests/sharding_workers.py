@@ -22,7 +22,7 @@ from peft.utils.other import fsdp_auto_wrap_policy
 from peft_fixtures import CONFIGS, images, randomize, vit
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
 from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 
@@ -68,22 +68,23 @@ def halves(rank: int) -> tuple[int, int]:
 
 
 def describe(model: PeftModel, state: dict[str, torch.Tensor], logits: torch.Tensor, folder: Path) -> Found:
-    """What process 0 saves: the adapter, from the whole state dict, and the logits of the sharded model."""
-    if dist.get_rank() == 0:
-        model.save_pretrained(folder, state_dict=state)
+    """Save the adapter from the whole state dict; every process takes part, as PEFT asks wrapped heads for their keys."""
+    model.save_pretrained(folder, state_dict=state, is_main_process=dist.get_rank() == 0)
     return {"state": state, "logits": logits, "processes": dist.get_world_size()}
 
 
 def run_fsdp1(name: str, policy: str, use_orig_params: bool, folder: Path) -> Found:
     model = build(name)
     total = sum(p.numel() for p in model.parameters())
-    if policy == "peft":
-        chosen = fsdp_auto_wrap_policy(model)
-    else:
-        blocks = set(model.base_model.model.vit.layers)
+    blocks = set(model.base_model.model.vit.layers)
+
+    def own_unit(module: nn.Module) -> bool:
         # Frozen and trainable parameters cannot share a unit where the original ones are not kept
-        heads = [m for n, m in model.named_modules() if not use_orig_params and n.endswith("modules_to_save.default")]
-        chosen = partial(lambda_auto_wrap_policy, lambda_fn=lambda module: module in blocks or module in heads)
+        own = list(module.parameters(recurse=False))
+        return module in blocks or (not use_orig_params and own != [] and all(p.requires_grad for p in own))
+
+    by_block = partial(lambda_auto_wrap_policy, lambda_fn=own_unit)
+    chosen = fsdp_auto_wrap_policy(model) if policy == "peft" else by_block
     sharded = FullyShardedDataParallel(
         model, auto_wrap_policy=chosen, use_orig_params=use_orig_params, device_id=torch.device("cpu")
     )
@@ -91,10 +92,8 @@ def run_fsdp1(name: str, policy: str, use_orig_params: bool, folder: Path) -> Fo
     held = sum(p.numel() for p in sharded.parameters())
     found: Found = {"units": len(units), "held": held, "total": total, "losses": fit(sharded, *halves(dist.get_rank()))}
     logits = evaluate(sharded)
-    options = FullStateDictConfig(offload_to_cpu=True, rank0_only=True)
-    with FullyShardedDataParallel.state_dict_type(sharded, StateDictType.FULL_STATE_DICT, options):
-        state = sharded.state_dict()
-    return found | describe(model, state, logits, folder)
+    with FullyShardedDataParallel.state_dict_type(sharded, StateDictType.FULL_STATE_DICT):
+        return found | describe(model, sharded.state_dict(), logits, folder)
 
 
 def run_fsdp2(name: str, folder: Path) -> Found:
@@ -107,7 +106,7 @@ def run_fsdp2(name: str, folder: Path) -> Found:
     held = sum(p.to_local().numel() for p in model.parameters())  # type: ignore[attr-defined]
     found: Found = {"held": held, "total": total, "losses": fit(model, *halves(dist.get_rank()))}
     logits = evaluate(model)
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     return found | describe(model, state, logits, folder)
 
 
