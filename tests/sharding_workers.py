@@ -143,8 +143,9 @@ def main(way: str, folder: Path) -> None:
         gathered: list[Any] = [None, None]
         dist.all_gather_object(gathered, found[case].get("losses"))
         found[case]["losses"] = gathered
-    if dist.get_rank() == 0:
-        torch.save(found, folder / "found.pt")
+        if dist.get_rank() == 0:
+            # After each case: a process that crashes in a later one takes no results along
+            torch.save(found, folder / "found.pt")
     dist.barrier()
     dist.destroy_process_group()
 
