@@ -281,7 +281,6 @@ def perturbed(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, torch
     }
 
 
-
 class _Reached(Exception):
     """Ends a forward pass at the block whose arguments are asked for."""
 

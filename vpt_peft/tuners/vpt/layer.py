@@ -266,7 +266,11 @@ class VPTLayer(nn.Module, PromptTunerLayer):
         if not here.prompts and here.all_tokens is None and maps is None:
             return None
         extras = AttentionExtras(mask_open=self.spec.attention.mask_open, maps=maps)
-        extras.prefix, extras.inserted, extras.all_tokens = self.owner.spec.num_prefix_tokens, here.inserted, here.all_tokens
+        extras.prefix, extras.inserted, extras.all_tokens = (
+            self.owner.spec.num_prefix_tokens,
+            here.inserted,
+            here.all_tokens,
+        )
         made: list[Pair] = []
         beside: list[torch.Tensor] = []
         for adapter, layout in here.prompts:
