@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
 from small_models import images, randomize, tiny_vit
 from torch import distributed, nn
 from transformers import (
@@ -52,6 +53,10 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model(pixel_values=images()).logits
 
 
+def close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.allclose(one, other, rtol=0, atol=1e-12)
+
+
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     model.zero_grad()
     model(pixel_values=images()).logits.sin().sum().backward()
@@ -84,8 +89,8 @@ def test_cpu_offload(kind: str):
     expected = logits(model)
     cpu_offload(model, execution_device=torch.device("cpu"))
     assert any("prompt" in name for name in on_meta(model))
-    assert torch.equal(logits(model), expected)
-    assert torch.equal(logits(model), expected)
+    assert close(logits(model), expected)
+    assert close(logits(model), expected)
 
 
 @each_kind
@@ -94,7 +99,7 @@ def test_disk_offload(kind: str, tmp_path: Path):
     expected = logits(model)
     disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
     assert any("prompt" in name for name in on_meta(model))
-    assert torch.equal(logits(model), expected)
+    assert close(logits(model), expected)
 
 
 @each_kind
@@ -109,7 +114,7 @@ def test_dispatched_with_blocks_on_the_disk(kind: str, tmp_path: Path):
     parts.update({n: "cpu" for n, _ in model.named_parameters() if not n.startswith(covered)})
     dispatch_model(model, parts, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
     assert any("layers.1." in name for name in on_meta(model))
-    assert torch.equal(logits(model), expected)
+    assert close(logits(model), expected)
 
 
 @each_kind
@@ -118,7 +123,7 @@ def test_attached_to_a_model_with_blocks_on_the_disk(kind: str, saved: Path):
     expected = attach(kind, tiny_vit(initializer_range=0.2))
     model = attach(kind, offloaded(saved))
     assert not any("prompt" in name or "modules_to_save" in name for name in on_meta(model))
-    assert torch.equal(logits(model), logits(expected))
+    assert close(logits(model), logits(expected))
     found, wanted = gradients(model), gradients(expected)
     assert set(found) == set(wanted) == {n for n, p in model.named_parameters() if p.requires_grad}
     for name, gradient in wanted.items():
@@ -132,7 +137,7 @@ def test_loaded_into_a_model_with_blocks_on_the_disk(kind: str, saved: Path, tmp
     model = PeftModel.from_pretrained(
         offloaded(saved), tmp_path / "adapter", offload_folder=str(tmp_path / "again")
     ).eval()
-    assert torch.equal(logits(model), logits(expected))
+    assert close(logits(model), logits(expected))
 
 
 @each_kind
@@ -142,11 +147,11 @@ def test_low_cpu_mem_usage(kind: str, tmp_path: Path):
     expected.save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(tiny_vit(initializer_range=0.2), tmp_path, low_cpu_mem_usage=True).eval()
     assert on_meta(model) == set()
-    assert torch.equal(logits(model), logits(expected))
+    assert close(logits(model), logits(expected))
     model.load_adapter(tmp_path, "second", low_cpu_mem_usage=True)
     model.set_adapter("second")
     assert on_meta(model) == set()
-    assert torch.equal(logits(model), logits(expected))
+    assert close(logits(model), logits(expected))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: one block is put there")
@@ -231,8 +236,10 @@ def test_saved_prompts_of_blocks_that_are_read(tmp_path: Path):
     base, batch = llava(-2)
     model = randomize(get_peft_model(base, KINDS["deep"]()))
     model.save_pretrained(tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as caught:
         loaded = PeftModel.from_pretrained(llava(-2)[0], tmp_path)
+    assert not [str(each.message) for each in caught if "missing" in str(each.message).lower()]
+    assert get_peft_model_state_dict(loaded).keys() == load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert len(get_peft_model_state_dict(loaded)) == 2
     with torch.no_grad():
         assert torch.equal(loaded.eval()(**batch).logits, model.eval()(**batch).logits)
