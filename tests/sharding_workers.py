@@ -90,7 +90,12 @@ def run_fsdp1(name: str, policy: str, use_orig_params: bool, folder: Path) -> Fo
     )
     units = [module for module in sharded.modules() if isinstance(module, FullyShardedDataParallel)]
     held = sum(p.numel() for p in sharded.parameters())
-    found: Found = {"units": len(units), "held": held, "total": total, "losses": fit(sharded, *halves(dist.get_rank()))}
+    found: Found = {
+        "units": len(units),
+        "held": held,
+        "total": total,
+        "losses": fit(sharded, *halves(dist.get_rank())),
+    }
     logits = evaluate(sharded)
     with FullyShardedDataParallel.state_dict_type(sharded, StateDictType.FULL_STATE_DICT):
         return found | describe(model, sharded.state_dict(), logits, folder)

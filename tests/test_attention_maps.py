@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import vpt_peft
 from peft import PeftModel, get_peft_model
 from small_models import images, randomize, tiny_vit
 from torch import nn
@@ -21,6 +20,7 @@ from transformers import (
     SwinForImageClassification,
 )
 
+import vpt_peft
 from vpt_peft import GatedVPTConfig, VPTConfig
 
 
@@ -290,7 +290,9 @@ def test_full_maps_in_training_mode_leave_it():
 
 @needs_maps
 def test_columns_where_some_blocks_have_no_prompts():
-    model = randomize(get_peft_model(base(), VPTConfig(num_virtual_tokens=2, layers_to_transform=[1], propagate=False)))
+    model = randomize(
+        get_peft_model(base(), VPTConfig(num_virtual_tokens=2, layers_to_transform=[1], propagate=False))
+    )
     found = vpt_peft.attention_maps(model.eval(), images(2))
     assert [sum("prompt" in name for name in each.columns) for each in found] == [0, 2, 0]
     assert [each.maps.shape[-1] for each in found] == [TOKENS, TOKENS + 2, TOKENS]

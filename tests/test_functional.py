@@ -51,7 +51,9 @@ def test_functional_call_computes_with_the_given_values(kind: str):
         found = functional_call(model, given, (), {"pixel_values": images()}).logits
         assert torch.equal(found, expected)
         for name, value in given.items():
-            assert not torch.equal(functional_call(model, {name: value}, (), {"pixel_values": images()}).logits, before)
+            assert not torch.equal(
+                functional_call(model, {name: value}, (), {"pixel_values": images()}).logits, before
+            )
         assert torch.equal(model(pixel_values=images()).logits, before)
 
 
