@@ -46,7 +46,9 @@ def test_saved_again_holds_no_key_of_the_backbone(name: str, tmp_path: Path):
     PeftModel.from_pretrained(backbone(), SAVED / name).save_pretrained(tmp_path)
     keys = load_file(tmp_path / "adapter_model.safetensors")
     assert all("prompt_tuner." in key or "classifier." in key for key in keys)
-    torch.testing.assert_close(logits(PeftModel.from_pretrained(backbone(), tmp_path)), OUTPUTS[name], rtol=0, atol=2e-5)
+    torch.testing.assert_close(
+        logits(PeftModel.from_pretrained(backbone(), tmp_path)), OUTPUTS[name], rtol=0, atol=2e-5
+    )
 
 
 @pytest.mark.parametrize("name", ["deep", "gated"])

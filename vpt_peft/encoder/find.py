@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
@@ -13,6 +14,9 @@ from .inputs import IMAGE_INPUTS, channel_counts, is_packed, sample_inputs
 from .projections import match_projection
 from .spec import AttentionSpec, BlockSpec, EncoderError, EncoderSpec
 from .trace import AttentionCall, Call, Trace, block_arguments, first_tensor, in_eval, trace_encoder
+
+
+PACKED = "its blocks take the tokens of all images as one sequence"
 
 
 def find_encoder(model: nn.Module, backbone: str | None = None) -> EncoderSpec:
@@ -141,6 +145,8 @@ def _describe(encoder: nn.Module, path: str, trace: Trace, inputs: dict[str, Any
         known[signature] = _describe_block(encoder, block, attention, runs, trace, known.get(signature))
         blocks.append(known[signature])
     first, last = runs[order[0]], runs[order[-1]]
+    if not is_packed(encoder) and _joins_images(encoder, first, inputs):
+        blocks = [replace(block, takes_tokens=False, no_tokens_reason=PACKED) for block in blocks]
     images = first_tensor(inputs)
     plain = images if images is not None and images.dim() >= 4 and not is_packed(encoder) else None
     convolutions = [call for call in trace.calls if isinstance(call.module, (nn.Conv2d, nn.Conv3d))]
@@ -156,6 +162,20 @@ def _describe(encoder: nn.Module, path: str, trace: Trace, inputs: dict[str, Any
         merges=_merges(trace, [runs[block] for block in order]),
         model_type=str(getattr(encoder.config, "model_type", "")),
     )
+
+
+def _joins_images(encoder: nn.Module, first: Call, inputs: dict[str, Any]) -> bool:
+    """Whether two images come to the first block as one sequence (Pixtral), told apart by a mask."""
+    if first.input is None or first.input.dim() != 3 or first.input.shape[0] != 1:
+        return False
+    both = {
+        name: torch.cat([value, value]) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
+    }
+    try:
+        args, kwargs = block_arguments(encoder, first.module, both)
+    except Exception:  # it takes one image at a time
+        return False
+    return (kwargs[first.argument] if first.argument else args[0]).shape[0] == 1
 
 
 def _element_above(path: str, lists: set[str]) -> str | None:
@@ -208,8 +228,7 @@ def _describe_block(
         eager=attention.eager,
         mask_open=_open_value(mask),
     )
-    packed = "its blocks take the tokens of all images as one sequence"
-    reason = packed if is_packed(encoder) else _why_no_tokens(block, call, attention)
+    reason = PACKED if is_packed(encoder) else _why_no_tokens(block, call, attention)
     windowed = (
         bool(reason)
         and block.input.dim() == 3

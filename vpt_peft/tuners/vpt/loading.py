@@ -35,7 +35,9 @@ def take_saved_biases(
     start = "".join(f"{part}." for part in (root, encoder) if part)
     for key in [key for key in state_dict if key.endswith(".original_module.bias")]:
         del state_dict[key]
-    found = [key for key in state_dict if key.startswith(start) and key.endswith(".bias") and "modules_to_save." not in key]
+    found = [
+        key for key in state_dict if key.startswith(start) and key.endswith(".bias") and "modules_to_save." not in key
+    ]
     biases = {key.removeprefix(start).removesuffix(".bias"): state_dict.pop(key) for key in found}
     return {f"{prefix}biases.{adapter_name}.{key}": value for key, value in as_offsets(parameters, biases).items()}
 

@@ -249,6 +249,10 @@ class VPTModel(BaseTuner):
         if names is None or parameters is None:
             yield
             return
+        if parameters.spec.packed:
+            raise ValueError(
+                "adapter_names: this encoder takes all images as one sequence; run each adapter's images apart."
+            )
         with mixed_batch(
             check_mixed_batch(names, parameters.configs, list(self.peft_config), self.training, args, kwargs)
         ):
