@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from vpt_peft.training.data import load_image_dataset
 from vpt_peft.training.feature_cache import FeatureCache, collate_features
 from vpt_peft.training.features import FEATURES, FeatureFeed, find_cut
-from vpt_peft.training.methods import build_model, load_image_processor
+from vpt_peft.training.model import build_model, load_image_processor
 from vpt_peft.training.transforms import build_transform, collate_fn
 
 

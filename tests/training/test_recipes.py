@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from vpt_peft.training.methods import build_model
+from vpt_peft.training.model import build_model
 from vpt_peft.training.recipes import parameter_groups, recipe_defaults, split_trainable
 from vpt_peft.training.trainer import VPTTrainer
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 import yaml
@@ -16,14 +16,11 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from ..methods import METHODS, PROMPT_METHODS
 from .data import DataArguments
-from .recipes import PROMPT_METHODS, recipe_defaults, scaled_learning_rate
+from .recipes import recipe_defaults, scaled_learning_rate
 
 
-MethodName = Literal[
-    "vpt", "vpt_shallow", "gated_vpt", "linear", "full", "partial", "mlp", "bias", "adapter", "sidetune", "lora"
-]
-METHODS: tuple[str, ...] = get_args(MethodName)
 # What an evaluation measures, and the best weights can be chosen by
 METRICS = ("accuracy", "macro_f1", "loss")
 # Neither secrets nor where this run writes belong into the record of a run.
@@ -47,7 +44,10 @@ class ModelArguments:
 class MethodArguments:
     """How the backbone is adapted, and what differs from plain transformers training."""
 
-    method: MethodName = field(default="vpt", metadata={"help": "Prompts (vpt, vpt_shallow, gated_vpt) or else."})
+    method: str = field(
+        default="vpt",
+        metadata={"help": "Prompts (vpt, vpt_shallow, gated_vpt) or a baseline.", "choices": list(METHODS)},
+    )
     recipe: Literal["default", "vpt_paper", "gpt_paper"] = field(
         default="default", metadata={"help": "Preset of optimizer, schedule and rates; it fills what is not given."}
     )

@@ -15,10 +15,10 @@ import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..methods import PROMPT_METHODS
 from .arguments import Arguments
-from .methods import EMBEDDED, ParameterCounts
+from .model import EMBEDDED, ParameterCounts
 from .output import write_whole
-from .recipes import PROMPT_METHODS
 
 
 _METHOD_NAMES = {

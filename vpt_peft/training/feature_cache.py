@@ -18,10 +18,10 @@ import transformers
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from ..methods.structure import Classifier, base_model, find_head
 from .data import dataset_fingerprint
 from .features import FEATURES, Cut
 from .recipes import split_trainable
-from .structure import Classifier, base_model, find_head
 
 
 class CachedFeatures(Dataset):

@@ -12,13 +12,13 @@ from peft import PeftModel
 from torch import nn
 
 from ..heads import trained_modules
-from .structure import Classifier, find_head
+from ..methods import PROMPT_METHODS
+from ..methods.structure import Classifier, find_head
 
 
 if TYPE_CHECKING:
     from .arguments import MethodArguments, VPTTrainingArguments
 
-PROMPT_METHODS = ("vpt", "vpt_shallow", "gated_vpt")
 RECIPES = ("default", "vpt_paper", "gpt_paper")
 
 # Peak AdamW learning rates of the default recipe: what a method adds or unfreezes, then its head.

@@ -15,19 +15,19 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, set_seed
 
+from ..methods import PROMPT_METHODS
+from ..methods.structure import Classifier
 from .arguments import Arguments, MethodArguments, VPTTrainingArguments
 from .card import RunFacts, write_card
 from .data import load_image_dataset
 from .feature_cache import FeatureCache, collate_features, default_cache_dir
 from .features import Cut, FeatureFeed, find_cut
 from .hub import push_adapter
-from .methods import build_model, check_trainable, load_image_processor
 from .metrics import compute_metrics, preprocess_logits_for_metrics
+from .model import build_model, check_trainable, load_image_processor
 from .output import claim_output_dir, full_disk_explained, last_checkpoint, prepare_output_dir, written_beside
-from .recipes import PROMPT_METHODS
 from .report import describe_run, measure_step
 from .saving import save_trained
-from .structure import Classifier
 from .trainer import TrainingDiverged, VPTTrainer
 from .transforms import build_transform, collate_fn
 
