@@ -1,11 +1,13 @@
 """The registry of methods is the one list: training's flag, the costs and the recipes go by it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig
 from peft_fixtures import vit
 from torch import nn
-from transformers import BeitConfig, BeitForImageClassification
+from transformers import HieraConfig, HieraForImageClassification
 
 from vpt_peft import GatedVPTConfig, VPTConfig
 from vpt_peft.cost import estimate_costs
@@ -52,13 +54,22 @@ def test_prompt_methods_are_those_with_a_prompt_configuration():
     assert tuple(found) == PROMPT_METHODS
 
 
-def test_lora_is_on_query_and_value_whatever_they_are_called():
-    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    beit = BeitForImageClassification(BeitConfig(**size, image_size=16, patch_size=8))
-    for model, names in ((vit(torch.float32), {"q_proj", "v_proj"}), (beit, {"query", "value"})):
+def test_lora_is_on_query_and_value_also_where_they_are_fused():
+    stages = {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "num_query_pool": 1, "image_size": [32, 32]}
+    hiera = HieraForImageClassification(HieraConfig(**stages, masked_unit_size=[8, 8]))
+    for model, names in ((vit(torch.float32), {"q_proj", "v_proj"}), (hiera, {"qkv"})):
         config = METHODS["lora"].configure(model, MethodOptions(lora_r=3), None)
         assert isinstance(config, LoraConfig) and config.target_modules == names
         assert (config.r, config.lora_alpha, config.modules_to_save) == (3, 6, ["classifier"])
+
+
+def test_lora_is_refused_where_the_projections_are_not_known():
+    model = vit(torch.float32)
+    spec = find_encoder(model)
+    attention = replace(spec.blocks[0].attention, query=None)
+    unknown = replace(spec, blocks=(replace(spec.blocks[0], attention=attention), *spec.blocks[1:]))
+    with pytest.raises(ValueError, match="no query and value projections in ViTForImageClassification"):
+        apply_method(model, "lora", MethodOptions(), unknown)
 
 
 @pytest.mark.parametrize("name", ["adapter", "sidetune", "mlp"])

@@ -43,11 +43,12 @@ def apply_to_meta_model(model: Any, spec: EncoderSpec, method: str | PeftConfig,
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if isinstance(config, VPTConfig):
-            # With the store in place the encoder is not traced again, which takes weights
+            # With the store in place the encoder is not traced again, which takes weights; PEFT takes it for an earlier
+            # adapter, beside which it freezes nothing
+            model.requires_grad_(False)
             VPTPromptStore(spec, submodule(model, spec.path), model).attach()
         adapted = attach(model, config)
     if isinstance(config, VPTConfig) and config.bias == "all":
-        # PEFT takes the store for an earlier adapter, beside which it would leave the biases as they are
         for name, parameter in adapted.named_parameters():
             if "bias" in name and ".original_module." not in name:
                 parameter.requires_grad_(True)

@@ -34,10 +34,12 @@ def lora(model: Any, options: MethodOptions, spec: EncoderSpec | None) -> LoraCo
         ValueError: the projections of the attention are not known.
     """
     attention = (spec or find_encoder(model)).blocks[0].attention
-    if attention.query is None or attention.value is None:
+    known = [each for each in (attention.query, attention.value) if each is not None]
+    # A fused projection holds both, also where the queries alone were not recognised
+    if len(known) < 2 and not any(each.parts > 1 for each in known):
         raise ValueError(
             f"method='lora' finds no query and value projections in {type(model).__name__}; use PEFT's LoraConfig."
         )
-    targets = sorted({each.path.rsplit(".", 1)[-1] for each in (attention.query, attention.value)})
+    targets = sorted({each.path.rsplit(".", 1)[-1] for each in known})
     rank = options.lora_r
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, modules_to_save=list(find_head(model)))
