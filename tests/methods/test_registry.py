@@ -91,7 +91,9 @@ def test_a_known_encoder_is_not_looked_for_again(monkeypatch):
         apply_method(vit(torch.float32), name, MethodOptions(), spec)
 
 
-@pytest.mark.parametrize("field", ["num_virtual_tokens", "lora_r", "partial_blocks", "mlp_layers", "adapter_reduction"])
+@pytest.mark.parametrize(
+    "field", ["num_virtual_tokens", "lora_r", "partial_blocks", "mlp_layers", "adapter_reduction"]
+)
 @pytest.mark.parametrize("value", [0, -1, 1.0, True])
 def test_options_out_of_range(field, value):
     with pytest.raises(ValueError, match=f"{field}={value!r} must be an integer of at least 1"):

@@ -13,10 +13,10 @@ from .options import add_adapter_options, need_training, prepare_output_file
 def run(argv: Sequence[str]) -> int:
     """Evaluate on the data the adapter was trained on, or on what the data flags say; print the metrics as JSON."""
     need_training()
+    from ..files import write_json
     from ..training.arguments import FlagParser, from_record
     from ..training.data import DataArguments
     from ..training.inference import evaluate_model, load_adapter_model, local_folder, move_to, read_record
-    from ..training.output import write_json
 
     parser = FlagParser(
         DataArguments,

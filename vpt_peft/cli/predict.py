@@ -21,6 +21,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--output_file", help="write the table here and not to the terminal")
     own = parser.parse_args(list(argv))
 
+    from ..files import write_whole
     from ..training.inference import (
         as_table,
         find_images,
@@ -31,7 +32,6 @@ def run(argv: Sequence[str]) -> int:
         predict_images,
         read_record,
     )
-    from ..training.output import write_whole
 
     prepare_output_file(own.output_file)
     paths = find_images(own.images)

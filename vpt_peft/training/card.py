@@ -15,10 +15,10 @@ import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..files import write_whole
 from ..methods import PROMPT_METHODS
 from .arguments import Arguments
 from .model import EMBEDDED, ParameterCounts
-from .output import write_whole
 
 
 _METHOD_NAMES = {

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from ..files import write_json
 from .arguments import parse_args
 from .data import DataArguments, load_image_dataset
 from .inference import evaluate_model, load_adapter_model
-from .output import write_json
 from .train import train
 
 

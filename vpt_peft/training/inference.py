@@ -19,13 +19,13 @@ from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, EvalPrediction
 
+from ..files import RUN_RECORD
 from ..methods.structure import Classifier, base_model
 from .arguments import ModelArguments
 from .data import DataArguments, DataError, load_image_dataset
 from .hub import PUSHED
 from .metrics import compute_metrics
 from .model import build_baseline, load_backbone, load_image_processor, resolve_model_path
-from .output import RUN_RECORD
 from .saving import load_trained, read_baseline_spec
 from .transforms import ImageError, build_transform, collate_fn, to_rgb
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,13 +15,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from ..files import RUN_RECORD, write_json
 from .arguments import VPTTrainingArguments
 
 
 logger = logging.getLogger(__name__)
 
-# The arguments of the run; also the mark by which a folder is known as ours
-RUN_RECORD = "training_config.json"
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # Of safetensors, then of torch.save
 _WRITE_SIGNS = ("Error while serializing", "PytorchStreamWriter", "file write failed", "unexpected pos")
@@ -128,21 +125,6 @@ def _resume_point(folder: Path, wanted: str) -> Path:
     return Path(wanted)
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    write_whole(path, json.dumps(values, indent=2) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 @contextmanager
 def full_disk_explained(folder: str | Path) -> Iterator[None]:
     """Turn what the libraries raise when they cannot write into one error that says how to go on.
@@ -163,21 +145,3 @@ def full_disk_explained(folder: str | Path) -> Iterator[None]:
             else "No checkpoint is complete; start again with --overwrite_output_dir."
         )
         raise OSError(f"{folder} cannot be written to ({error}). Make room there. {onward}") from error
-
-
-@contextmanager
-def written_beside(folder: str | Path) -> Iterator[Path]:
-    """Yield a scratch folder whose files take their places in `folder` when the block ends well, and vanish otherwise.
-
-    So a full disk or a crash while saving leaves the files of before untouched. Each file is renamed into place.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
-    try:
-        yield scratch
-        # Weights first: a config in place promises weights that fit it
-        for path in sorted(scratch.iterdir(), key=lambda path: (path.suffix == ".json", path.name)):
-            os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, set_seed
 
+from ..files import written_beside
 from ..methods import PROMPT_METHODS
 from ..methods.structure import Classifier
 from .arguments import Arguments, MethodArguments, VPTTrainingArguments
@@ -25,7 +26,7 @@ from .features import Cut, FeatureFeed, find_cut
 from .hub import push_adapter
 from .metrics import compute_metrics, preprocess_logits_for_metrics
 from .model import build_model, check_trainable, load_image_processor
-from .output import claim_output_dir, full_disk_explained, last_checkpoint, prepare_output_dir, written_beside
+from .output import claim_output_dir, full_disk_explained, last_checkpoint, prepare_output_dir
 from .report import describe_run, measure_step
 from .saving import save_trained
 from .trainer import TrainingDiverged, VPTTrainer
