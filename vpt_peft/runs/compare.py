@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .grid import Grid
-from .runs import Setting, claim_folder, parse_cell, run_setting, write_results
+from .study import import_optuna, run_study
+from .trials import Trial, claim_folder, parse_run, run_trial, write_results
 
 
 COMPARE_RESULTS = "compare_results.json"
 
 
-def compare(grid: Grid) -> list[Setting]:
-    """Run every setting of the grid with every seed and return them in the order given.
+def compare(grid: Grid) -> tuple[list[Trial], str]:
+    """Run every trial of the grid with every seed.
 
-    Ended runs are kept in their folders, so the same call goes on with a comparison that broke off.
-    `compare_results.json` is written after each setting.
+    Finished runs are kept in their folders, so the same call continues a comparison that was interrupted.
+    `compare_results.json` is written after each trial.
+
+    Returns:
+        The trials in the order of the grid, and the validation metric by which runs keep their best weights.
 
     Raises:
-        ValueError: a setting is wrong in itself; nothing was run.
+        ModuleNotFoundError: Optuna is not installed.
+        ValueError: a trial is wrong in itself; nothing was run.
     """
-    cells = grid.cells()
-    for cell in cells:
-        parse_cell(grid, cell, grid.seeds[0])
+    import_optuna()
+    order = grid.trials()
+    training = [parse_run(grid, settings, grid.seeds[0]).training for settings in order][0]
+    metric = f"eval_{str(training.metric_for_best_model).removeprefix('eval_')}"
     path = claim_folder(grid, COMPARE_RESULTS)
-    rows: list[Setting] = []
-    write_results(path, rows)
-    for cell in cells:
-        rows.append(run_setting(grid, cell, with_test=True))
-        write_results(path, rows)
-    return rows
+    done: dict[int, Trial] = {}
+
+    def in_order() -> list[Trial]:
+        return [done[number] for number in sorted(done)]
+
+    def run(settings: dict[str, Any]) -> Trial:
+        trial = done[order.index(settings)] = run_trial(grid, settings, with_test=True)
+        write_results(path, in_order())
+        return trial
+
+    write_results(path, [])
+    run_study(grid, run, metric, bool(training.greater_is_better))
+    return in_order(), metric

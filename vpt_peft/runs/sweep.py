@@ -11,113 +11,84 @@ from typing import Any
 
 from accelerate import PartialState
 
-from .card import add_test_results
-from .data import load_image_dataset
-from .grid import Grid, Range, describe
-from .inference import evaluate_model, load_adapter_model
-from .output import write_json
-from .runs import RUN_RESULT, Setting, claim_folder, parse_cell, read_result, run_setting, write_results
+from ..files import write_json
+from ..reporting import describe
+from ..training.card import add_test_results
+from ..training.data import load_image_dataset
+from ..training.inference import evaluate_model, load_adapter_model
+from .grid import Grid
+from .study import import_optuna, run_study
+from .trials import RUN_RESULT, Trial, claim_folder, parse_run, read_result, run_trial, write_results
 
 
 SWEEP_RESULTS = "sweep_results.json"
-SAMPLERS = ("grid", "random", "tpe")
 
 
-def sweep(grid: Grid, sampler: str = "grid", num_settings: int | None = None) -> tuple[list[Setting], Setting | None]:
-    """Run settings of the grid, none of them twice, and test the best; return them, best first, and the best.
+def sweep(grid: Grid, sampler: str = "grid", num_trials: int | None = None) -> tuple[list[Trial], Trial | None, str]:
+    """Run trials of the grid, none of them twice, and test the best.
 
-    Ended runs are kept in their folders and a run that broke off is gone on with, so the same call continues a sweep.
-    A setting's score is the mean over seeds of `eval_<metric_for_best_model>`; settings with a failed run come last.
-    `sweep_results.json` is written after each setting.
+    Finished runs are kept in their folders and interrupted ones are resumed, so the same call continues a sweep. The
+    score of a trial is the mean over seeds of `eval_<metric_for_best_model>`; trials with a failed run come last.
+    `sweep_results.json` is written after each trial.
 
     Args:
-        grid: the flags.
-        sampler: "grid" goes through all settings; "random" and "tpe" (Optuna's) choose among them.
-        num_settings: most settings to try; default: all of them with "grid", else 20.
+        grid (`Grid`): the flags.
+        sampler (`str`): "grid" goes through all settings; "random" and "tpe" choose among them.
+        num_trials (`int`, *optional*): most trials; by default all of them with "grid", else 20.
 
     Returns:
-        The settings, and the first of them, or None if no setting ended well.
+        The trials, best first; the first of them, or None if no trial ended well; and the name of the score.
 
     Raises:
-        ModuleNotFoundError: the sampler needs Optuna, which is not installed.
-        ValueError: nothing varies, or a setting is wrong in itself; nothing was run.
+        ModuleNotFoundError: Optuna is not installed.
+        ValueError: nothing varies, or a trial is wrong in itself; nothing was run.
     """
+    import_optuna()
     if not grid.axes:
         raise ValueError("nothing varies; give a flag several values, as in --learning_rate 1e-3 5e-3.")
-    if num_settings is not None and num_settings < 1:
-        raise ValueError(f"num_settings={num_settings} must be at least 1.")
-    cells = grid.cells() if sampler == "grid" or not grid.has_ranges else []
-    for cell in cells:
-        parse_cell(grid, cell, grid.seeds[0])
-    metric = str(grid.common.get("metric_for_best_model", "accuracy")).removeprefix("eval_")
-    sign = -1 if metric == "loss" else 1
-    study = None if sampler == "grid" else _make_study(sampler, sign)
+    if num_trials is not None and num_trials < 1:
+        raise ValueError(f"num_settings={num_trials} must be at least 1.")
+    for settings in grid.trials() if sampler == "grid" or not grid.has_ranges else []:
+        parse_run(grid, settings, grid.seeds[0])
+    training = parse_run(grid, {}, grid.seeds[0]).training
+    metric, maximize = str(training.metric_for_best_model).removeprefix("eval_"), bool(training.greater_is_better)
+    score = f"eval_{metric}"
     path = claim_folder(grid, SWEEP_RESULTS)
-    done: dict[str, Setting] = {}
+    done: dict[str, Trial] = {}
 
-    def rank(row: Setting) -> tuple[bool, float, float]:
-        # On few images many settings share the best accuracy; the loss decides among them
-        return bool(row.errors), -sign * (row.mean(f"eval_{metric}") or 0.0), row.mean("eval_loss") or 0.0
+    def ranked() -> list[Trial]:
+        # On few images many trials share the best score; the loss decides among them
+        def rank(trial: Trial) -> tuple[bool, float, float]:
+            value = trial.mean(score) or 0.0
+            return bool(trial.errors), -value if maximize else value, trial.mean("eval_loss") or 0.0
 
-    write_results(path, [], metric=metric)
-    for number in range(num_settings or (20 if study else len(cells))):
-        if study is None and number == len(cells):
-            break
-        trial = study.ask() if study else None
-        settings = (
-            {name: _suggest(trial, name, values) for name, values in grid.axes.items()} if trial else cells[number]
-        )
+        return sorted(done.values(), key=rank)
+
+    def run(settings: dict[str, Any]) -> Trial:
         key = describe(settings)
         if key not in done:
-            done[key] = run_setting(grid, settings, with_test=False)
-            write_results(path, sorted(done.values(), key=rank), metric=metric)
-        if study is not None and done[key].errors:
-            study.tell(trial, state=_state_of_failures())
-        elif study is not None:
-            study.tell(trial, done[key].mean(f"eval_{metric}"))
+            done[key] = run_trial(grid, settings, with_test=False)
+            write_results(path, ranked(), metric=metric)
+        return done[key]
 
-    rows = sorted(done.values(), key=rank)
-    best = None if rows[0].errors else rows[0]
+    write_results(path, [], metric=metric)
+    run_study(grid, run, score, maximize, sampler, num_trials)
+    trials = ranked()
+    best = None if trials[0].errors else trials[0]
     if best is not None:
-        test_once(grid, best)
-        write_results(path, rows, metric=metric, best=best.settings)
-    return rows, best
+        test_once(grid, best, metric)
+        write_results(path, trials, metric=metric, best=best.settings)
+    return trials, best, score
 
 
-def _make_study(sampler: str, sign: int) -> Any:
-    """Optuna's study; the seed is fixed, so that a sweep that is started again asks for the same settings."""
-    try:
-        import optuna
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"sampler={sampler!r} needs Optuna: pip install 'vpt_peft[sweep]'.") from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    chosen = optuna.samplers.RandomSampler(seed=0) if sampler == "random" else optuna.samplers.TPESampler(seed=0)
-    return optuna.create_study(sampler=chosen, direction="maximize" if sign > 0 else "minimize")
-
-
-def _state_of_failures() -> Any:
-    from optuna.trial import TrialState
-
-    # Counts as worse than any score, where FAIL would not count at all
-    return TrialState.PRUNED
-
-
-def _suggest(trial: Any, name: str, values: list | Range) -> Any:
-    if not isinstance(values, Range):
-        return values[trial.suggest_categorical(name, range(len(values)))]
-    if values.whole:
-        return trial.suggest_int(name, int(values.low), int(values.high), log=values.low > 0)
-    return trial.suggest_float(name, values.low, values.high, log=values.low > 0)
-
-
-def test_once(grid: Grid, best: Setting) -> None:
-    """Evaluate the best setting's runs on the test split, if the data have one, and put it into their folders."""
-    arguments = [parse_cell(grid, best.settings, seed) for seed in grid.seeds]
+def test_once(grid: Grid, best: Trial, metric: str) -> None:
+    """Evaluate the runs of the best trial on the test split, if the data have one, and save the results with them."""
+    arguments = [parse_run(grid, best.settings, seed) for seed in grid.seeds]
     data, model = arguments[0].data, arguments[0].model
     if "test" not in load_image_dataset(data, token=model.token, cache_dir=model.cache_dir):
         return
     for run, metrics in zip(arguments, best.metrics, strict=True):
-        if "test_accuracy" not in metrics:
+        if f"test_{metric}" not in metrics:
             folder = Path(run.training.output_dir or ".")
             classifier, processor = load_adapter_model(folder, token=model.token, cache_dir=model.cache_dir)
             batch_size = run.training.per_device_eval_batch_size
@@ -128,7 +99,7 @@ def test_once(grid: Grid, best: Setting) -> None:
 
 
 def keep_test_results(folder: Path, metrics: dict[str, float]) -> None:
-    """Write a run's test metrics where a training writes them: its result files and its card."""
+    """Write the test metrics of a run where training writes them: its result files and its card."""
     if not PartialState().is_main_process:
         return
     test = {name: value for name, value in metrics.items() if name.startswith("test_")}
