@@ -10,7 +10,7 @@ def run(argv: Sequence[str]) -> int:
     """Export an adapter with its backbone and head, and print the file."""
     parser = ArgumentParser(
         prog="vpt-peft export",
-        description="Write an adapter with its backbone and head to one file that runs without vpt_peft.",
+        description="Export an adapter with its backbone and head to one file that runs without vpt_peft.",
         allow_abbrev=False,
     )
     parser.add_argument("adapter", help="folder or Hub id of the adapter")
@@ -18,8 +18,8 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--format", choices=("onnx", "torch"), default="onnx", help="ONNX, or torch.export")
     parser.add_argument("--image_size", type=int, nargs="+", help="pixels a side, or height and width")
     parser.add_argument("--opset", type=int, help="ONNX opset; default: the exporter's")
-    parser.add_argument("--no_check", action="store_true", help="do not compare the file with PyTorch")
-    parser.add_argument("--base_model", help="backbone to use in place of the one it was trained on")
+    parser.add_argument("--no_check", action="store_true", help="skip the comparison with PyTorch")
+    parser.add_argument("--base_model", help="backbone to use instead of the one it was trained on")
     parser.add_argument("--revision", help="branch, tag or commit of the adapter on the Hub")
     parser.add_argument("--subfolder", help="folder inside the Hub repository")
     parser.add_argument("--token", help="Hub token")
