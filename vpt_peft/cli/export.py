@@ -5,6 +5,8 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from collections.abc import Sequence
 
+from .options import need_training
+
 
 def run(argv: Sequence[str]) -> int:
     """Export an adapter with its backbone and head, and print the file."""
@@ -26,21 +28,16 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--cache_dir", help="where Hub downloads are kept")
     own = parser.parse_args(list(argv))
 
-    from ..export import export_model
+    from ..export import check_target, export_model
 
     sides = own.image_size
-    path = export_model(
-        own.adapter,
-        own.output,
-        own.format,
-        image_size=sides[0] if sides is not None and len(sides) == 1 else sides,
-        opset=own.opset,
-        check=not own.no_check,
-        base_model=own.base_model,
-        revision=own.revision,
-        subfolder=own.subfolder,
-        token=own.token,
-        cache_dir=own.cache_dir,
-    )
-    print(path)
+    size = sides[0] if sides is not None and len(sides) == 1 else sides
+    check_target(own.output, own.format, size, own.opset, not own.no_check)
+    need_training()
+    from ..training.inference import load_adapter_model, local_folder, read_record
+
+    folder = local_folder(own.adapter, own.revision, own.subfolder, own.token, own.cache_dir)
+    model, processor = load_adapter_model(folder, own.base_model, token=own.token, cache_dir=own.cache_dir)
+    augmentation = read_record(folder).get("augmentation", "none")
+    print(export_model(model, own.output, own.format, size, own.opset, not own.no_check, processor, augmentation))
     return 0
