@@ -72,7 +72,7 @@ def saved_tensors(model: Any) -> Mapping[str, torch.Tensor]:
 
 
 def safetensors_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
-    """Size of the `.safetensors` file that would hold `tensors`: 8 bytes, a JSON header padded to 8, the values."""
+    """Return the size of a `.safetensors` file with `tensors`: 8 bytes, a JSON header padded to 8, the values."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):

@@ -44,7 +44,7 @@ class ExportedModel(nn.Module):
 def float_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A copy in float32 on the CPU, in eval mode, with attention as matrix products and other adapters merged."""
     copied = copy.deepcopy(model).cpu().eval().requires_grad_(False)
-    # One by one, as `Module.to` would cut complex buffers (rotary tables) down to their real part
+    # One by one, as `Module.to` would drop the imaginary part of complex buffers (rotary tables)
     for tensor in (*copied.parameters(), *copied.buffers()):
         if tensor.is_floating_point():
             tensor.data = tensor.data.float()
@@ -112,7 +112,7 @@ def trace(model: ExportedModel, images: torch.Tensor) -> ExportedProgram:
     with warnings.catch_warnings():
         # Prompts on their way to the head are kept in an attribute, which the graph has no need of
         warnings.filterwarnings("ignore", "The tensor attribute .* was assigned during export")
-        # Two images, as one would be taken for a constant
+        # With one image the batch would be taken for a constant
         return torch.export.export(
             model, (random_images(images, 2),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
         )
