@@ -15,18 +15,13 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from transformers import AutoModelForImageClassification
 
-import vpt_peft.training.hub as hub_module
+import vpt_peft.hub as hub_module
+from vpt_peft.data.arguments import DataArguments
+from vpt_peft.data.images import DataError, find_images
+from vpt_peft.hub import push_adapter
 from vpt_peft.training.arguments import from_record
-from vpt_peft.training.data import DataArguments, DataError
-from vpt_peft.training.hub import push_adapter
-from vpt_peft.training.inference import (
-    as_table,
-    evaluate_model,
-    find_images,
-    load_adapter_model,
-    predict_images,
-    read_record,
-)
+from vpt_peft.training.evaluation import as_table, evaluate_model, predict_images
+from vpt_peft.training.inference import load_adapter_model, read_record
 from vpt_peft.training.train import train
 
 

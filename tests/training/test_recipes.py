@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from vpt_peft.training.methods import build_model
-from vpt_peft.training.recipes import parameter_groups, recipe_defaults, split_trainable
+from vpt_peft.training.optim import parameter_groups, split_trainable
+from vpt_peft.training.recipes import recipe_defaults
 from vpt_peft.training.trainer import VPTTrainer
 
 

@@ -25,7 +25,8 @@ from transformers.utils import logging as transformers_logging
 from ..heads import trained_modules
 from .arguments import GATE_FIELDS, PROMPT_FIELDS, MethodArguments, ModelArguments
 from .baselines import MLPHead, add_bottleneck_adapters, add_side_network, keep_frozen_in_eval
-from .recipes import PROMPT_METHODS, split_trainable
+from .optim import split_trainable
+from .recipes import PROMPT_METHODS
 from .structure import Classifier, find_blocks, find_final_norm, find_head, find_output_layer
 
 

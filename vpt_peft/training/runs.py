@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from ..data.images import DataError
+from ..files import write_json
 from .arguments import Arguments, parse_args
-from .data import DataError
 from .grid import Grid, describe, folder_name
-from .output import last_checkpoint, write_json
+from .output import last_checkpoint
 from .train import train
 from .trainer import TrainingDiverged
 

@@ -11,11 +11,12 @@ from typing import Any
 
 from accelerate import PartialState
 
-from .card import add_test_results
-from .data import load_image_dataset
+from ..files import write_json
+from ..tasks import get_task
+from .evaluation import evaluate_model
+from .facts import add_test_results
 from .grid import Grid, Range, describe
-from .inference import evaluate_model, load_adapter_model
-from .output import write_json
+from .inference import load_adapter_model
 from .runs import RUN_RESULT, Setting, claim_folder, parse_cell, read_result, run_setting, write_results
 
 
@@ -114,7 +115,7 @@ def test_once(grid: Grid, best: Setting) -> None:
     """Evaluate the best setting's runs on the test split, if the data have one, and put it into their folders."""
     arguments = [parse_cell(grid, best.settings, seed) for seed in grid.seeds]
     data, model = arguments[0].data, arguments[0].model
-    if "test" not in load_image_dataset(data, token=model.token, cache_dir=model.cache_dir):
+    if "test" not in get_task(model.task).read(data, token=model.token, cache_dir=model.cache_dir):
         return
     for run, metrics in zip(arguments, best.metrics, strict=True):
         if "test_accuracy" not in metrics:

@@ -1,7 +1,7 @@
 """Write and read what a run trained.
 
-PEFT adapters are saved as PEFT does, `full` as a transformers model, other baselines as the trained tensors with a note
-of how to rebuild the rest.
+PEFT adapters are saved as PEFT does, `full` as a transformers model, other baselines as the trainable parameters with a
+note of how to rebuild the rest.
 """
 
 from __future__ import annotations
@@ -22,13 +22,25 @@ from .structure import Classifier, base_model
 
 BASELINE_CONFIG = "vpt_peft_baseline.json"
 BASELINE_WEIGHTS = "vpt_peft_baseline.safetensors"
+# What the saving of some method writes; beside another method's files they would be taken for its own
+WRITTEN = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    BASELINE_CONFIG,
+    BASELINE_WEIGHTS,
+)
 
 
 def save_trained(model: Classifier, folder: str | Path) -> None:
-    """Save what `model` trained, and its transformers config with the label names, into `folder`.
+    """Save what `model` trained into `folder`.
 
     A PEFT adapter becomes `adapter_config.json` and `adapter_model.safetensors`; `full` a transformers model folder;
-    other baselines `vpt_peft_baseline.json` and `.safetensors`, without the frozen backbone.
+    other baselines `vpt_peft_baseline.json` and `.safetensors`, without the frozen backbone. The labels are in the
+    adapter's configuration, where it has a place for them, and else in a `config.json` of transformers: beside an
+    adapter that file would make transformers look for a whole model.
 
     Raises:
         OSError: the folder cannot be written.
@@ -39,7 +51,8 @@ def save_trained(model: Classifier, folder: str | Path) -> None:
     if isinstance(model, PeftModel):
         # "auto" would ask the Hub about a vocabulary that an image encoder does not have
         model.save_pretrained(str(folder), save_embedding_layers=False)
-        base_model(model).config.save_pretrained(folder)
+        if labels_of_adapter(folder) is None:
+            base_model(model).config.save_pretrained(folder)
         return
     spec = getattr(model, SPEC_ATTRIBUTE, None)
     if spec is None:
@@ -48,12 +61,19 @@ def save_trained(model: Classifier, folder: str | Path) -> None:
         model.save_pretrained(folder)
     else:
         model.config.save_pretrained(folder)
-        save_file(trained_tensors(model), folder / BASELINE_WEIGHTS, metadata={"format": "pt"})
+        save_file(trainable_tensors(model), folder / BASELINE_WEIGHTS, metadata={"format": "pt"})
     (folder / BASELINE_CONFIG).write_text(json.dumps(asdict(spec), indent=2) + "\n", encoding="utf-8")
 
 
-def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The trainable parameters, and the saved buffers (running statistics) beside them, by name."""
+def labels_of_adapter(folder: str | Path) -> dict[int, str] | None:
+    """Return the labels in the `adapter_config.json` of a folder, or None where it has none."""
+    config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    labels = config.get("id2label")
+    return {int(number): name for number, name in labels.items()} if labels else None
+
+
+def trainable_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the trainable parameters, and the saved buffers (running statistics) beside them, by name."""
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     saved = set(model.state_dict())
     for module_name, module in model.named_modules():
@@ -80,7 +100,7 @@ def load_trained(model: PreTrainedModel, folder: str | Path) -> None:
     path = folder / BASELINE_WEIGHTS
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; the folder does not hold a trained baseline.")
-    loaded, expected = load_file(path), trained_tensors(model)
+    loaded, expected = load_file(path), trainable_tensors(model)
     differing = sorted(set(loaded) ^ set(expected)) or sorted(
         name for name in expected if loaded[name].shape != expected[name].shape
     )
@@ -93,7 +113,7 @@ def load_trained(model: PreTrainedModel, folder: str | Path) -> None:
 
 
 def read_baseline_spec(folder: str | Path) -> BaselineSpec | None:
-    """The spec beside a saved baseline, or None where the folder holds none.
+    """Return the spec beside a saved baseline, or None where the folder holds none.
 
     Raises:
         ValueError: the file is there, but is not such a spec.
@@ -104,4 +124,4 @@ def read_baseline_spec(folder: str | Path) -> BaselineSpec | None:
     try:
         return BaselineSpec(**json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not what a training of vpt_peft wrote: {error}") from error
+        raise ValueError(f"{path} was not written by a training run of vpt_peft: {error}") from error

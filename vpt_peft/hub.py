@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HTTPError
 
-from .card import retarget
-from .saving import BASELINE_CONFIG
+from .reporting.card import retarget
+from .training.checkpoints import BASELINE_CONFIG
+from .training.inference import SHARED_FILES, backbone_name
 
 
 logger = logging.getLogger(__name__)
-
-# Checkpoints, pickles, logs and the Trainer's state stay here
-PUSHED = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*config.json",
-    "vpt_peft_*.json",
-    "*_results.json",
-    "*.png",
-    "README.md",
-)
 
 
 def push_adapter(
@@ -57,10 +48,12 @@ def push_adapter(
         if revision is not None:
             api.create_branch(repo.repo_id, branch=revision, exist_ok=True)
         operations = []
-        for path in sorted({path for pattern in PUSHED for path in folder.glob(pattern)}):
+        for path in sorted({path for pattern in SHARED_FILES for path in folder.glob(pattern)}):
             content: str | bytes = str(path)
             if path.name == "README.md":
                 content = retarget(ModelCard.load(path).content, repo.repo_id).encode()
+            elif path.name == "adapter_config.json":
+                content = _portable(path).encode()
             operations.append(CommitOperationAdd(path.name, content))
         commit = api.create_commit(
             repo.repo_id, operations, commit_message="Upload adapter with vpt_peft", revision=revision
@@ -73,3 +66,10 @@ def push_adapter(
         ) from error
     logger.info("Pushed %s to %s.", folder, commit.commit_url)
     return str(commit.commit_url)
+
+
+def _portable(path: Path) -> str:
+    """Return an adapter's configuration without the path that an embedded backbone has on this machine."""
+    text = path.read_text(encoding="utf-8")
+    recorded = json.loads(text).get("base_model_name_or_path") or ""
+    return text.replace(json.dumps(recorded), json.dumps(backbone_name(recorded)))

@@ -13,21 +13,20 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from .images import DataError, DataNotFoundError
+from .images import IMAGE_SUFFIXES, DataError, DataNotFoundError
 
 
-# the words by which `datasets` tells split folders from class folders
+# The words by which `datasets` tells split folders from class folders
 _SPLIT_FOLDERS = frozenset(
     ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
 )
-_IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"))
 _DIGITS_SEED = 0
 
 
 def read_source(
     name: str, config_name: str | None, revision: str | None, token: str | None, cache_dir: str | None
 ) -> tuple[datasets.DatasetDict, dict[int, str] | None]:
-    """The data as it comes, and the class names of an `id2label.json` beside it.
+    """Read a data set as it comes, and the class names of an `id2label.json` beside it.
 
     Args:
         name: "digits", a folder, or an id on the Hub (a folder wins over an id).
@@ -105,7 +104,7 @@ def _class_folders(folder: Path) -> list[str] | None:
     classes = [
         child.name
         for child in children
-        if any(file.suffix.lower() in _IMAGE_SUFFIXES for file in child.iterdir() if file.is_file())
+        if any(file.suffix.lower() in IMAGE_SUFFIXES for file in child.iterdir() if file.is_file())
     ]
     has_table = any(file.suffix in (".csv", ".jsonl", ".parquet", ".arrow") for file in folder.iterdir())
     return classes if not has_table and not {name.lower() for name in classes} <= _SPLIT_FOLDERS else None

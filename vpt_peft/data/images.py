@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import numpy as np
 from PIL import Image, ImageOps
 
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 _WIDE_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 
 
 class DataError(ValueError):
-    """The data cannot be used for image classification as it is; the message says what to change."""
+    """The data cannot be used as it is; the message says what to change."""
 
 
 class DataNotFoundError(DataError, FileNotFoundError):
@@ -43,7 +45,7 @@ def _image_error(value: Any, error: Exception) -> ImageError:
     name = repr(str(path)) if isinstance(path, str | Path) else getattr(value, "filename", None) or "without a path"
     return ImageError(
         f"image {name} cannot be read ({type(error).__name__}: {error}). Replace or remove it; "
-        "vpt_peft.training.images.find_corrupt_images(split) lists the rows of all such images."
+        "vpt_peft.data.images.find_corrupt_images(split) lists the rows of all such images."
     )
 
 
@@ -109,6 +111,25 @@ def find_corrupt_images(split: datasets.Dataset) -> list[tuple[int, str]]:
         except ImageError as error:
             corrupt.append((row, str(error)))
     return corrupt
+
+
+def find_images(paths: Iterable[str | Path]) -> list[Path]:
+    """The image files among `paths` and, sorted, in all folders below them.
+
+    Raises:
+        FileNotFoundError: a path does not exist, or there is no image at all.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise FileNotFoundError(f"{str(path)!r} does not exist; give image files or folders.")
+    if not found:
+        raise FileNotFoundError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in {', '.join(map(str, paths))}.")
+    return found
 
 
 def read_bytes(image: dict[str, Any]) -> bytes:

@@ -12,7 +12,10 @@ import pytest
 from PIL import Image
 from transformers import HfArgumentParser
 
-from vpt_peft.training.data import DataArguments, DataError, ImageError, dataset_fingerprint, load_image_dataset
+from vpt_peft.data.arguments import DataArguments
+from vpt_peft.data.images import DataError, ImageError
+from vpt_peft.data.splits import dataset_fingerprint
+from vpt_peft.tasks.classification import TASK
 
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +43,7 @@ def write_parquet(folder, splits, feature=None, image="image", label="label", **
 @pytest.fixture
 def load(tmp_path):
     def call(name, **options):
-        return load_image_dataset(DataArguments(str(name), **options), cache_dir=str(tmp_path / "cache"))
+        return TASK.read(DataArguments(str(name), **options), cache_dir=str(tmp_path / "cache"))
 
     return call
 
@@ -287,7 +290,7 @@ def test_fingerprint_follows_content_only(load, folder, tmp_path):
     mark = dataset_fingerprint(train)
     assert len(mark) == 32 and int(mark, 16) >= 0
     args = DataArguments(str(folder))
-    elsewhere = load_image_dataset(args, cache_dir=str(tmp_path / "other"))["train"]
+    elsewhere = TASK.read(args, cache_dir=str(tmp_path / "other"))["train"]
     assert dataset_fingerprint(elsewhere) == dataset_fingerprint(train.with_transform(lambda batch: batch)) == mark
     assert dataset_fingerprint(train.select(range(len(train)))) == mark
     named = train.cast_column("label", datasets.ClassLabel(names=["a", "c"]))
@@ -300,8 +303,9 @@ def test_fingerprint_follows_content_only(load, folder, tmp_path):
 def test_fingerprint_is_the_same_in_another_process(load, folder):
     write_parquet(folder, {"train": ["a", "b"] * 4})
     code = (
-        "import sys; from vpt_peft.training.data import *\n"
-        "print(dataset_fingerprint(load_image_dataset(DataArguments(sys.argv[1]), cache_dir=sys.argv[2])['train']))"
+        "import sys\nfrom vpt_peft.data.arguments import DataArguments\nfrom vpt_peft.data.splits import dataset_fingerprint\n"
+        "from vpt_peft.tasks.classification import TASK\n"
+        "print(dataset_fingerprint(TASK.read(DataArguments(sys.argv[1]), cache_dir=sys.argv[2])['train']))"
     )
     run = subprocess.run(
         [sys.executable, "-c", code, str(folder), str(folder.parent / "cache of another process")],

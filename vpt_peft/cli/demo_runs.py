@@ -8,20 +8,23 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .arguments import parse_args
-from .data import DataArguments, load_image_dataset
-from .inference import evaluate_model, load_adapter_model
-from .output import write_json
-from .train import train
+from ..data.arguments import DataArguments
+from ..data.images import to_rgb
+from ..files import write_json
+from ..tasks import get_task
+from ..training.arguments import parse_args
+from ..training.evaluation import evaluate_model
+from ..training.inference import load_adapter_model
+from ..training.train import train
 
 
 logger = logging.getLogger(__name__)
 
 SUPERVISED, MAE = "embedded", "embedded-mae"
 NAMES = {"linear": "linear probe", "vpt_shallow": "VPT-shallow", "vpt": "VPT-deep", "gated_vpt": "gated prompts"}
-HEADINGS = ("backbone", "method", "images", "test accuracy", "trained values", "seconds")
+TASK = get_task()
+METRIC = next(metric for metric in TASK.metrics if metric.name == TASK.best_metric)
+HEADINGS = ("backbone", "method", "images", f"test {METRIC.title.lower()}", "trainable parameters", "seconds")
 SHOWN_IMAGES = 30
 
 
@@ -60,7 +63,7 @@ _MAE_PROMPTS = {
     "prompt_learning_rate": 0.1,
     "head_learning_rate": 0.1,
 }
-# A head on stored features costs next to nothing, so it trains until it stops getting better
+# A head on cached features costs next to nothing, so it trains until it stops getting better
 _LINEAR = {"cache_features": True, "num_train_epochs": 100}
 SHOWN = DemoRun(
     SUPERVISED,
@@ -85,14 +88,18 @@ RUNS = (
 
 @dataclass(frozen=True)
 class DemoRow:
-    """What one run came to: training images, accuracy on the test images in [0, 1], trained values, seconds."""
+    """The result of one run: training images, score on the test images in [0, 1], trainable parameters, seconds."""
 
     backbone: str
     method: str
     images: int
-    accuracy: float
-    trained_values: int
+    score: float
+    trainable_parameters: int
     seconds: float
+
+    def record(self) -> dict[str, Any]:
+        """Return the row with the score under the metric's name."""
+        return {METRIC.name if name == "score" else name: value for name, value in asdict(self).items()}
 
 
 def run_demo(output_dir: str | Path, seed: int = 0, flags: Mapping[str, Any] | None = None) -> list[DemoRow]:
@@ -104,7 +111,7 @@ def run_demo(output_dir: str | Path, seed: int = 0, flags: Mapping[str, Any] | N
         flags: flags of `vpt-peft train` that replace those of every row.
 
     Raises:
-        RuntimeError: the saved adapter, loaded again, does not give the accuracy it had.
+        RuntimeError: the saved adapter, loaded again, does not give the score it had.
     """
     folder = Path(output_dir)
     rows = []
@@ -125,19 +132,28 @@ def run_demo(output_dir: str | Path, seed: int = 0, flags: Mapping[str, Any] | N
         trained = int(metrics["trainable_parameters"])
         images = given["max_train_samples"]
         rows.append(
-            DemoRow(run.backbone, run.method, images, metrics["test_accuracy"], trained, metrics["train_runtime"])
+            DemoRow(
+                run.backbone, run.method, images, metrics[f"test_{METRIC.name}"], trained, metrics["train_runtime"]
+            )
         )
-    write_json(folder / "demo.json", {"seed": seed, "rows": [asdict(row) for row in rows]})
+    write_json(folder / "demo.json", {"seed": seed, "rows": [row.record() for row in rows]})
     (folder / "demo.md").write_text(as_markdown(rows), encoding="utf-8")
-    said = prove_reload(folder / SHOWN.folder, rows[RUNS.index(SHOWN)].accuracy, **(flags or {}))
-    draw(rows, said, folder / "demo.png")
+    shown = prove_reload(folder / SHOWN.folder, rows[RUNS.index(SHOWN)].score, **(flags or {}))
+    draw(rows, shown, folder / "demo.png")
     return rows
 
 
 def as_markdown(rows: Sequence[DemoRow]) -> str:
     """The rows as a markdown table that is aligned as plain text too."""
     cells = [
-        (r.backbone, NAMES[r.method], f"{r.images}", f"{r.accuracy:.1%}", f"{r.trained_values:,}", f"{r.seconds:.1f}")
+        (
+            r.backbone,
+            NAMES[r.method],
+            f"{r.images}",
+            f"{r.score:.1%}",
+            f"{r.trainable_parameters:,}",
+            f"{r.seconds:.1f}",
+        )
         for r in rows
     ]
     widths = [max(len(line[column]) for line in (HEADINGS, *cells)) for column in range(len(HEADINGS))]
@@ -155,38 +171,37 @@ def as_markdown(rows: Sequence[DemoRow]) -> str:
 
 @dataclass(frozen=True)
 class Shown:
-    """A test image with its label and what the model says it is."""
+    """A test image with its label and what the model predicts."""
 
     image: Any
     label: int
-    said: int
+    predicted: int
 
 
-def prove_reload(folder: Path, accuracy: float, **flags: Any) -> list[Shown]:
-    """Load the saved adapter onto a fresh backbone, evaluate it again, and return what it says of some test images.
+def prove_reload(folder: Path, score: float, **flags: Any) -> list[Shown]:
+    """Load the saved adapter onto a fresh backbone, evaluate it again, and return its predictions of some test images.
 
     Raises:
-        RuntimeError: the accuracy is not the one measured after training.
+        RuntimeError: the score is not the one measured after training.
     """
     names = DataArguments.__dataclass_fields__
     data = DataArguments("digits", **{name: value for name, value in flags.items() if name in names})
     model, processor = load_adapter_model(folder)
-    found = evaluate_model(model, processor, data, "test")["accuracy"]
-    if abs(found - accuracy) > 1e-9:
-        raise RuntimeError(f"{folder}: loaded again, the adapter has accuracy {found}, not {accuracy}.")
-    test = load_image_dataset(data)["test"]
+    found = evaluate_model(model, processor, data, "test", task=TASK)[METRIC.name]
+    if abs(found - score) > 1e-9:
+        raise RuntimeError(f"{folder}: loaded again, the adapter has {METRIC.name} {found}, not {score}.")
+    test = TASK.read(data)["test"]
     test = test.select(range(min(SHOWN_IMAGES, len(test))))
-    pictures = [picture.convert("RGB") for picture in test["image"]]
-    with torch.no_grad():
-        logits = model(pixel_values=processor(images=pictures, return_tensors="pt")["pixel_values"]).logits
+    pictures = [to_rgb(picture) for picture in test["image"]]
+    predictions = TASK.predict(model, processor, pictures, top_k=1)
     return [
-        Shown(picture, label, said)
-        for picture, label, said in zip(pictures, test["label"], logits.argmax(-1).tolist(), strict=True)
+        Shown(picture, label, int(best["label"]))
+        for picture, label, (best,) in zip(pictures, test["label"], predictions, strict=True)
     ]
 
 
 def draw(rows: Sequence[DemoRow], shown: Sequence[Shown], path: Path) -> None:
-    """Draw the accuracy of every row beside test images with what the reloaded adapter says of them."""
+    """Draw the score of every row beside test images with the predictions of the reloaded adapter."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -206,11 +221,11 @@ _RIGHT, _WRONG = "#2b8a4b", "#d0342c"
 
 
 def _draw_bars(figure: Any, rows: Sequence[DemoRow]) -> None:
-    figure.suptitle("Handwritten digits on frozen glyph backbones: test accuracy", fontsize=12)
+    figure.suptitle(f"Handwritten digits on frozen glyph backbones: test {METRIC.title.lower()}", fontsize=12)
     for axis, backbone in zip(figure.subplots(2, 1, sharex=True), (SUPERVISED, MAE), strict=True):
         own = [row for row in rows if row.backbone == backbone]
-        labels = [f"{NAMES[row.method]}\n{row.trained_values:,} values" for row in own]
-        heights = [100 * row.accuracy for row in own]
+        labels = [f"{NAMES[row.method]}\n{row.trainable_parameters:,} parameters" for row in own]
+        heights = [METRIC.scale * row.score for row in own]
         bars = axis.barh(labels, heights, color=[_COLOURS[row.method] for row in own], height=0.72)
         axis.bar_label(bars, [f"{height:.1f} %" for height in heights], padding=4, fontsize=10)
         axis.set_title(
@@ -223,15 +238,15 @@ def _draw_bars(figure: Any, rows: Sequence[DemoRow]) -> None:
 
 
 def _draw_images(figure: Any, shown: Sequence[Shown], columns: int = 6) -> None:
-    figure.suptitle(f"What {NAMES[SHOWN.method]} says of the first {len(shown)} test images", fontsize=12)
+    figure.suptitle(f"What {NAMES[SHOWN.method]} predicts for the first {len(shown)} test images", fontsize=12)
     axes = figure.subplots(-(-len(shown) // columns), columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, item in zip(axes.flat, shown, strict=False):
-        right = item.said == item.label
+        right = item.predicted == item.label
         axis.imshow(item.image.convert("L"), cmap="gray_r", vmin=0, vmax=255)
         axis.set_title(
-            f"{item.said}" if right else f"{item.said}, is {item.label}",
+            f"{item.predicted}" if right else f"{item.predicted}, is {item.label}",
             fontsize=10,
             color=_RIGHT if right else _WRONG,
             weight="bold",

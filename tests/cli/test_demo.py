@@ -7,8 +7,8 @@ import json
 import pytest
 from PIL import Image
 
+from vpt_peft.cli import demo_runs as demo
 from vpt_peft.cli.main import main
-from vpt_peft.training import demo
 
 
 FEW = {

@@ -10,7 +10,7 @@ from hub_cards import check_card
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from vpt_peft.training.card import retarget
+from vpt_peft.reporting.card import retarget
 from vpt_peft.training.inference import load_adapter_model
 
 

@@ -7,7 +7,7 @@ here the checkpoint decides, as its weights were trained with those values.)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from .images import ImageError, find_corrupt_images, to_rgb
+from .images import to_rgb
 
-
-__all__ = ["ImageError", "ImageTransform", "build_transform", "collate_fn", "find_corrupt_images", "to_rgb"]
 
 AUGMENTATIONS = ("none", "resize", "resize_crop_flip")
 # FGVC protocol of the VPT paper: shorter side to 256, crop 224; kept as a ratio for other input sizes
@@ -26,8 +24,28 @@ _RESIZE_RATIO = 256 / 224
 
 
 @dataclass(frozen=True)
+class Geometry:
+    """How one image is resized, cropped and mirrored, so that a mask can follow it.
+
+    Args:
+        size: (width, height) after resizing.
+        box: (left, top, right, bottom) of the crop.
+        mirrored: flipped left to right after cropping.
+    """
+
+    size: tuple[int, int]
+    box: tuple[int, int, int, int]
+    mirrored: bool = False
+
+    def apply(self, image: Image.Image, resample: Image.Resampling) -> Image.Image:
+        """Return the image resized, cropped and mirrored."""
+        image = image.resize(self.size, resample).crop(self.box)
+        return ImageOps.mirror(image) if self.mirrored else image
+
+
+@dataclass(frozen=True)
 class ImageTransform:
-    """What `build_transform` returns; picklable, and without state of its own besides the settings."""
+    """What `build_transform` returns: picklable, and its settings are all the state it has."""
 
     image_processor: Any
     size: tuple[int, int]
@@ -37,52 +55,50 @@ class ImageTransform:
     as_shipped: bool
 
     def __call__(self, batch: dict[str, list]) -> dict[str, Any]:
-        """Turn a batch {"image", "label"} into {"pixel_values": (batch, 3, height, width) float32, "labels"}.
+        """Turn a batch {"image"} into {"pixel_values": (batch, 3, height, width) float32}.
 
-        "label" may be absent. Raises `ImageError` if an image cannot be read.
+        Raises:
+            ImageError: an image cannot be read.
         """
         images = [to_rgb(image) for image in batch["image"]]
-        if self.as_shipped:
-            pixels = self.image_processor(images=images, return_tensors="pt")["pixel_values"]
-        else:
-            resample = _resampling(self.image_processor)
-            if self.augmentation == "resize_crop_flip":
-                images = self._crop(images, resample)
-            else:
-                images = [image.resize(self.size[::-1], resample) for image in images]
-            options = {"do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
-            pixels = self.image_processor(images=images, **options)["pixel_values"]
-        output: dict[str, Any] = {"pixel_values": pixels.to(torch.float32)}
-        if "label" in batch:
-            output["labels"] = list(batch["label"])
-        return output
+        return {"pixel_values": self.pixel_values(images, self.geometries(images))}
 
-    def _crop(self, images: list[Image.Image], resample: Image.Resampling) -> list[Image.Image]:
+    def geometries(self, images: Sequence[Image.Image]) -> list[Geometry]:
+        """Draw how each image is resized, cropped and mirrored; all alike where nothing is random."""
         height, width = self.size
+        if self.augmentation != "resize_crop_flip":
+            return [Geometry((width, height), (0, 0, width, height))] * len(images)
         # One draw of torch's global generator seeds the batch: set_seed makes it reproducible, a resumed Trainer
         # restores it, and the DataLoader gives each worker and epoch a state of its own.
         draws = np.random.default_rng([self.seed, int(torch.randint(2**62, ()))]) if self.train else None
-        cropped = []
+        drawn = []
         for image in images:
             scale = _RESIZE_RATIO * max(height / image.height, width / image.width)
-            resized = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-            image = image.resize(resized, resample)
-            spare = (image.width - width, image.height - height)
+            size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+            spare = (size[0] - width, size[1] - height)
             if draws is None:
                 left, top = spare[0] // 2, spare[1] // 2
             else:
                 left, top = (int(draws.integers(0, room + 1)) for room in spare)
-            image = image.crop((left, top, left + width, top + height))
-            if draws is not None and draws.random() < 0.5:
-                image = ImageOps.mirror(image)
-            cropped.append(image)
-        return cropped
+            mirrored = draws is not None and draws.random() < 0.5
+            drawn.append(Geometry(size, (left, top, left + width, top + height), mirrored))
+        return drawn
+
+    def pixel_values(self, images: Sequence[Image.Image], geometries: Sequence[Geometry]) -> torch.Tensor:
+        """Return RGB images as normalised pixels `(batch, 3, height, width)`, float32."""
+        options: dict[str, Any] = {}
+        if not self.as_shipped:
+            resample = _resampling(self.image_processor)
+            images = [g.apply(image, resample) for image, g in zip(images, geometries, strict=True)]
+            options = {"do_resize": False, "do_center_crop": False}
+        pixels = self.image_processor(images=list(images), return_tensors="pt", **options)["pixel_values"]
+        return pixels.to(torch.float32)
 
 
 def build_transform(
     image_processor: Any, augmentation: str = "none", train: bool = False, seed: int = 0
-) -> Callable[[dict[str, list]], dict[str, Any]]:
-    """A batch transform for `Dataset.with_transform`: images to normalised pixels, "label" to "labels".
+) -> ImageTransform:
+    """Return a batch transform for `Dataset.with_transform`: images to normalised pixels.
 
     - "none": the checkpoint's image processor as it ships (for ViT: resized straight to its size).
     - "resize": resized straight to the model's input size, whatever the aspect ratio (VTAB protocol); differs from
@@ -142,11 +158,3 @@ def _resampling(image_processor: Any) -> Image.Resampling:
         return Image.Resampling.BILINEAR
     # torchvision-backed processors may hold torchvision's enum, whose members have Pillow's names
     return Image.Resampling[resample.name] if hasattr(resample, "name") else Image.Resampling(resample)
-
-
-def collate_fn(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Stack transformed examples: "pixel_values" (batch, 3, height, width) and, if given, "labels" (batch,) int64."""
-    batch = {"pixel_values": torch.stack([torch.as_tensor(example["pixel_values"]) for example in examples])}
-    if "labels" in examples[0]:
-        batch["labels"] = torch.tensor([int(example["labels"]) for example in examples], dtype=torch.int64)
-    return batch

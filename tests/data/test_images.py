@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vpt_peft.training.images import CheckedImage, DataError, ImageError, find_corrupt_images, read_bytes, to_rgb
+from vpt_peft.data.images import CheckedImage, DataError, ImageError, find_corrupt_images, read_bytes, to_rgb
 
 
 def encoded(image, kind="PNG", **options):

@@ -9,8 +9,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessorPil, ViTImageProcessorPil, set_seed
 
-from vpt_peft.training.images import CheckedImage, ImageError
-from vpt_peft.training.transforms import build_transform, collate_fn
+from vpt_peft.data.images import CheckedImage, ImageError
+from vpt_peft.data.transforms import build_transform
+from vpt_peft.tasks.classification import TASK
 
 
 HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
@@ -38,14 +39,13 @@ def split_of(images):
 @pytest.mark.parametrize("augmentation", ["none", "resize", "resize_crop_flip"])
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("processor", [vit(), vit(12, 8), CLIPImageProcessorPil(size=10, crop_size=8)])
-def test_shapes_types_and_labels(augmentation, train, processor):
+def test_shapes_and_types(augmentation, train, processor):
     transform = build_transform(processor, augmentation, train)
     images = [noise(20, 30), Image.new("L", (3, 1)), Image.new("CMYK", (5, 90)), Image.new("I;16", (8, 8))]
-    output = transform({"image": images, "label": [3, 1, 2, 0], "other": [0] * 4})
+    output = transform({"image": images, "other": [0] * 4})
     height = 12 if isinstance(processor, ViTImageProcessorPil) and processor.size["height"] == 12 else 8
-    assert set(output) == {"pixel_values", "labels"} and output["labels"] == [3, 1, 2, 0]
+    assert set(output) == {"pixel_values"}
     assert output["pixel_values"].shape == (4, 3, height, 8) and output["pixel_values"].dtype == torch.float32
-    assert set(transform({"image": images[:1]})) == {"pixel_values"}
 
 
 def test_values_follow_the_checkpoints_statistics():
@@ -143,7 +143,7 @@ def epoch(loader):
 def test_workers_and_epochs_draw_differently_and_reproducibly(workers):
     transform = pickle.loads(pickle.dumps(build_transform(vit(56, 56, resample=0), "resize_crop_flip", train=True)))
     split = split_of([gradient()] * 16).with_transform(transform)
-    loader = DataLoader(split, batch_size=4, num_workers=workers, collate_fn=collate_fn)
+    loader = DataLoader(split, batch_size=4, num_workers=workers, collate_fn=TASK.collate)
     set_seed(5)
     first, second = epoch(loader), epoch(loader)
     set_seed(5)
@@ -164,16 +164,7 @@ def test_a_corrupt_image_is_named_from_within_a_worker():
         undecoded[0:2]
     decoded = split_of(rows).cast_column("image", CheckedImage()).with_transform(build_transform(vit()))
     with pytest.raises(ImageError, match=r"'b\.jpg' cannot be read"):
-        next(iter(DataLoader(decoded, batch_size=2, num_workers=1, collate_fn=collate_fn)))
-
-
-def test_collate_fn():
-    transform = build_transform(vit())
-    split = split_of([noise(9, 9, seed) for seed in range(3)]).with_transform(transform)
-    batch = collate_fn([split[i] for i in range(3)])
-    assert batch["labels"].tolist() == [0, 1, 2] and batch["labels"].dtype == torch.int64
-    assert torch.equal(batch["pixel_values"], transform({"image": [noise(9, 9, s) for s in range(3)]})["pixel_values"])
-    assert set(collate_fn([{"pixel_values": torch.zeros(3, 2, 2)}])) == {"pixel_values"}
+        next(iter(DataLoader(decoded, batch_size=2, num_workers=1, collate_fn=TASK.collate)))
 
 
 class Flat:

@@ -12,13 +12,10 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from vpt_peft.training.data import (
-    DataArguments,
-    DataError,
-    DataNotFoundError,
-    dataset_fingerprint,
-    load_image_dataset,
-)
+from vpt_peft.data.arguments import DataArguments
+from vpt_peft.data.images import DataError, DataNotFoundError
+from vpt_peft.data.splits import dataset_fingerprint
+from vpt_peft.tasks.classification import TASK
 
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +35,7 @@ def write_images(folder, counts):
 @pytest.fixture
 def load(tmp_path):
     def call(name, **options):
-        return load_image_dataset(DataArguments(str(name), **options), cache_dir=str(tmp_path / "cache"))
+        return TASK.read(DataArguments(str(name), **options), cache_dir=str(tmp_path / "cache"))
 
     return call
 
@@ -131,7 +128,7 @@ def test_splits_that_do_not_fit_together(load, tmp_path, other):
 
     splits = {"train": split(datasets.ClassLabel(names=["a", "b"])), "test": split(other)}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "d")
-    expected = "split 'test' numbers its classes otherwise" if other else "column 'label' is missing in split 'test'"
+    expected = "split 'test' numbers its classes differently" if other else "column 'label' is missing in split 'test'"
     with pytest.raises(DataError, match=expected):
         load(tmp_path / "d")
 
@@ -195,9 +192,10 @@ class Hub(BaseHTTPRequestHandler):
 def run_with_hub(endpoint, names, tmp_path, **environment):
     """Ask for data sets in a process of its own, as the endpoint is fixed when huggingface_hub is imported."""
     code = (
-        "import sys\nfrom vpt_peft.training.data import DataArguments, DataNotFoundError, load_image_dataset\n"
+        "import sys\nfrom vpt_peft.data.arguments import DataArguments\nfrom vpt_peft.data.images import DataNotFoundError\n"
+        "from vpt_peft.tasks.classification import TASK\n"
         "for name in sys.argv[2:]:\n"
-        "    try: load_image_dataset(DataArguments(name), token='hf_wrong', cache_dir=sys.argv[1])\n"
+        "    try: TASK.read(DataArguments(name), token='hf_wrong', cache_dir=sys.argv[1])\n"
         "    except DataNotFoundError as error: print(error)\n"
     )
     return subprocess.run(

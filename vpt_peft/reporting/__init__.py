@@ -1,0 +1,1 @@
+"""What is told of runs in words: tables and model cards."""

@@ -1,0 +1,156 @@
+"""What the card of a run tells, gathered from arguments, model and metrics."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from ..reporting.card import CardFacts, Result, add_results
+from ..tasks import Task, get_task
+from .arguments import Arguments, MethodArguments, VPTTrainingArguments
+from .inference import read_record
+from .methods import EMBEDDED, ParameterCounts
+from .recipes import PROMPT_METHODS
+
+
+_METHOD_NAMES = {
+    "vpt": "Visual Prompt Tuning, deep ([Jia et al., ECCV 2022](https://arxiv.org/abs/2203.12119))",
+    "vpt_shallow": "Visual Prompt Tuning, shallow ([Jia et al., ECCV 2022](https://arxiv.org/abs/2203.12119))",
+    "gated_vpt": "gated prompts ([Yoo et al., ICML 2023](https://arxiv.org/abs/2306.05067))",
+    "linear": "a linear probe",
+    "full": "full fine-tuning",
+    "partial": "fine-tuning of the last blocks",
+    "mlp": "an MLP head on frozen features",
+    "bias": "bias tuning ([Ben Zaken et al., ACL 2022](https://arxiv.org/abs/2106.10199))",
+    "adapter": "bottleneck adapters ([Houlsby et al., ICML 2019](https://arxiv.org/abs/1902.00751))",
+    "sidetune": "side-tuning ([Zhang et al., ECCV 2020](https://arxiv.org/abs/1912.13503))",
+    "lora": "LoRA ([Hu et al., ICLR 2022](https://arxiv.org/abs/2106.09685))",
+}
+_SPLITS = {"eval": "validation", "test": "test"}
+# Where and how a run was done, not what was tried
+_HIDDEN = {"hub_model_id", "hub_private_repo", "push_to_hub", "feature_cache_dir", "report_to", "run_name"}
+
+
+def gather_facts(
+    arguments: Arguments,
+    counts: ParameterCounts,
+    metrics: Mapping[str, float],
+    classes: Mapping[int, str],
+    images: Mapping[str, int],
+    image_processor: Any,
+    saved_bytes: int,
+) -> CardFacts:
+    """Return the facts for the card of a finished run.
+
+    Args:
+        arguments: as parsed.
+        counts: parameters of the trained model.
+        metrics: with the prefixes `train_`, `eval_` and `test_`.
+        classes: names by number.
+        images: number of images per split.
+        image_processor: the one used.
+        saved_bytes: size of the saved weights.
+    """
+    task = get_task(arguments.model.task)
+    method, data, training = arguments.method, arguments.data, arguments.training
+    output_dir = Path(training.output_dir or "adapter")
+    peft_tag = ["peft"] if method.method in (*PROMPT_METHODS, "lora") else []
+    kept = "the weights of the last epoch are kept"
+    if training.load_best_model_at_end:
+        kept = f"the weights with the best validation {training.metric_for_best_model} are kept"
+    local_data = Path(data.dataset_name).exists()
+    data_name = _public_name(data.dataset_name)
+    return CardFacts(
+        name=output_dir.name,
+        pipeline_tag=task.pipeline_tag,
+        library="peft" if peft_tag else "transformers",
+        method=_METHOD_NAMES[method.method],
+        tags=["vpt_peft", task.pipeline_tag, "vision", method.method, *peft_tag],
+        base_name=_public_name(arguments.model.model_name_or_path),
+        data_name=data_name,
+        data_on_hub=not local_data and data.dataset_name != "digits",
+        snippet=_snippet(arguments, task, str(output_dir)),
+        results=_results(task, metrics),
+        classes=list(classes.values()),
+        protocol={
+            "data_source": f"{data_name} (a local folder)" if local_data else data.dataset_name,
+            "images": ", ".join(f"{count:,} {name}" for name, count in images.items()),
+            "train_split": data.train_split,
+            "validation_split": data.validation_split or "found, or drawn from train",
+            "split_seed": data.split_seed,
+            "augmentation": data.augmentation,
+            "seed": training.seed,
+            "kept": kept,
+            "trained": f"{counts.trainable:,}",
+            "total": f"{counts.total:,}",
+            "share": f"{100 * counts.trainable / counts.total:.2f}",
+            "head": f"{counts.head:,}",
+            "megabytes": f"{saved_bytes / 1e6:.3f}",
+            "seconds": f"{metrics['train_runtime']:,.1f}",
+            "limits": task.limits,
+        },
+        image_processor=image_processor,
+        hyper_parameters=_hyper_parameters(arguments),
+    )
+
+
+def add_test_results(folder: str | Path, metrics: Mapping[str, float]) -> None:
+    """Add the metrics with the prefix `test_` to the card of a run that was tested later."""
+    task = get_task(read_record(folder).get("task", get_task().pipeline_tag))
+    add_results(folder, _results(task, {name: metrics[name] for name in metrics if name.startswith("test_")}))
+
+
+def _results(task: Task, metrics: Mapping[str, float]) -> list[Result]:
+    return [
+        Result(split, metric.kind, metric.title, round(float(metrics[key]), 4), metric.format(metrics[key]))
+        for prefix, split in _SPLITS.items()
+        for metric in task.metrics
+        if (key := f"{prefix}_{metric.name}") in metrics
+    ]
+
+
+def _public_name(name: str) -> str:
+    """Return a Hub id as it is, and of a folder only its name."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
+
+
+def _hyper_parameters(arguments: Arguments) -> dict[str, Any]:
+    """Return what was given, or filled in by the recipe, about method and training."""
+    names = {item.name for item in (*fields(MethodArguments), *fields(VPTTrainingArguments))} - _HIDDEN
+    shown = {name: value for name, value in arguments.record().items() if name in names}
+    if arguments.method.method in PROMPT_METHODS:
+        shown.setdefault("num_virtual_tokens", arguments.method.num_virtual_tokens)
+    return {"method": arguments.method.method, "recipe": arguments.method.recipe, **shown}
+
+
+def _snippet(arguments: Arguments, task: Task, adapter: str) -> str:
+    method, base = arguments.method.method, arguments.model.model_name_or_path
+    auto_class = task.auto_class.__name__
+    target = f"adapter = {json.dumps(adapter)}  # this folder or its Hub id\n"
+    image = 'image = Image.new("RGB", (224, 224))  # or Image.open("your.jpg").convert("RGB")\n'
+    use = (
+        "with torch.no_grad():\n"
+        '    logits = model(**processor(images=image, return_tensors="pt")).logits\n'
+        "print(model.config.id2label[logits.argmax(-1).item()])\n"
+    )
+    if method not in (*PROMPT_METHODS, "lora"):
+        return (
+            "import torch\nfrom PIL import Image\nfrom vpt_peft.training.inference import load_adapter_model\n\n"
+            f"{target}model, processor = load_adapter_model(adapter)\n{image}{use}"
+        )
+    registers = "import vpt_peft  # registers the method with PEFT\n" if method in PROMPT_METHODS else ""
+    located = f"embedded_path({json.dumps(base)})" if base in EMBEDDED else json.dumps(base)
+    packaged = "from vpt_peft.embedded import embedded_path\n" if base in EMBEDDED else ""
+    return (
+        "import torch\nfrom peft import PeftModel\nfrom PIL import Image\n"
+        f"from transformers import AutoConfig, AutoImageProcessor, {auto_class}\n\n"
+        f"{registers}{packaged}\n{target}"
+        "config = AutoConfig.from_pretrained(adapter)  # with the names of the classes\n"
+        f"base = {auto_class}.from_pretrained(\n"
+        f"    {located}, config=config, dtype=torch.float32, ignore_mismatched_sizes=True\n)\n"
+        "model = PeftModel.from_pretrained(base, adapter).eval()\n"
+        f"processor = AutoImageProcessor.from_pretrained(adapter)\n{image}{use}"
+    )
