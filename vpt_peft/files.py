@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Write files whole or not at all, so that a full disk or a crash leaves what was there before."""
 
 from __future__ import annotations
 
@@ -12,6 +12,17 @@ from pathlib import Path
 from typing import Any
 
 
+# The arguments of a run, in its output folder
+RUN_RECORD = "training_config.json"
+# Files that promise others beside them, such as weights that fit
+_LAST = (".json", ".onnx")
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    write_whole(path, json.dumps(values, indent=2) + "\n")
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -22,20 +33,11 @@ def write_whole(path: Path, text: str) -> None:
         beside.unlink(missing_ok=True)
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    write_whole(path, json.dumps(values, indent=2) + "\n")
-
-
 @contextmanager
-def written_beside(folder: str | Path, last: str = "*.json") -> Iterator[Path]:
-    """Yield a scratch folder whose files move into `folder` when the block ends well, and vanish otherwise.
+def written_beside(folder: str | Path) -> Iterator[Path]:
+    """Yield a scratch folder whose files move to `folder` when the block ends well, and vanish otherwise.
 
-    A full disk or a crash while saving so leaves the files that were there untouched.
-
-    Args:
-        folder: made if need be, and removed again if nothing comes of it.
-        last: pattern of the files that move last: a config in place promises weights that fit it.
+    Weights move first and the files that describe them last. Folders that were made for nothing are removed.
     """
     folder = Path(folder)
     made = [each for each in (folder, *folder.absolute().parents) if not each.exists()]
@@ -43,11 +45,11 @@ def written_beside(folder: str | Path, last: str = "*.json") -> Iterator[Path]:
     scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
         yield scratch
-        for path in sorted(scratch.iterdir(), key=lambda path: (path.match(last), path.name)):
+        for path in sorted(scratch.iterdir(), key=lambda path: (path.suffix in _LAST, path.name)):
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        # Only empty folders go: there is nothing in them, and nobody else has used them
+        # Fails for a folder that holds files
         with suppress(OSError):
             for each in made:
                 each.rmdir()

@@ -16,13 +16,13 @@ from sklearn.datasets import load_digits
 from transformers import AutoModelForImageClassification
 
 import vpt_peft.hub as hub_module
+from vpt_peft.cli.main import main
 from vpt_peft.data.arguments import DataArguments
 from vpt_peft.data.images import DataError, find_images
 from vpt_peft.hub import push_adapter
 from vpt_peft.training.arguments import from_record
 from vpt_peft.training.evaluation import as_table, evaluate_model, predict_images
 from vpt_peft.training.inference import load_adapter_model, read_record
-from vpt_peft.training.train import train
 
 
 pytest_plugins = ["training_fixtures", "hub_fixtures"]
@@ -209,8 +209,21 @@ def test_failed_upload_says_how_to_go_on(hub, trained, monkeypatch):
         push_adapter(out / "checkpoint-none", "user/digits")
 
 
-def test_training_pushes_the_finished_adapter(hub, make_arguments, tmp_path):
-    train(make_arguments(method="linear", push_to_hub=True, hub_model_id="user/pushed", hub_token=hub.token))
+def test_training_pushes_the_finished_adapter(hub, tiny_vit, tmp_path, capsys):
+    flags = {
+        "model_name_or_path": tiny_vit,
+        "output_dir": tmp_path / "out",
+        "method": "linear",
+        "max_steps": 1,
+        "eval_strategy": "no",
+        "load_best_model_at_end": False,
+        "disable_tqdm": True,
+        "push_to_hub": True,
+        "hub_model_id": "user/pushed",
+        "hub_token": hub.token,
+    }
+    assert main(["train", *(f"--{name}={value}" for name, value in flags.items())]) == 0
+    assert "user/pushed" in capsys.readouterr().out.splitlines()[-1]
     files = set(HfApi().list_repo_files("user/pushed"))
     assert {"vpt_peft_baseline.safetensors", "vpt_peft_baseline.json", "config.json", "README.md"} <= files
     loaded, _ = load_adapter_model("user/pushed")

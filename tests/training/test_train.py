@@ -204,7 +204,7 @@ def test_earlier_results_need_a_flag(run):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "message"), [("last", "no complete checkpoint"), ("missing", "'missing' is no complete checkpoint")]
+    ("wanted", "message"), [("last", "no complete checkpoint"), ("missing", "'missing' is not a complete checkpoint")]
 )
 def test_nothing_to_resume_from(make_arguments, wanted, message):
     with pytest.raises(FileNotFoundError, match=message):

@@ -112,7 +112,7 @@ def build_card(facts: CardFacts) -> ModelCard:
     )
 
 
-def _as_eval_result(result: Result, data_name: str, task: Mapping[str, str]) -> EvalResult:
+def _as_eval_result(result: Result, data_name: str, task: Mapping[str, Any]) -> EvalResult:
     return EvalResult(
         **task,
         dataset_type=data_name,

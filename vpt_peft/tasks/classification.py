@@ -85,7 +85,7 @@ class ClassificationMetrics:
     """Accuracy and macro-F1 of batches that come one by one, as `Trainer` wants them with `batch_eval_metrics`."""
 
     def __init__(self) -> None:
-        self._metrics = [Accuracy(keep_in_memory=True), MacroF1(keep_in_memory=True)]
+        self._metrics: list[evaluate.Metric] = [Accuracy(keep_in_memory=True), MacroF1(keep_in_memory=True)]
 
     def __call__(self, eval_prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
         """Add a batch; return the metrics of all batches since the last result, or {} before the last one.
@@ -242,7 +242,7 @@ class ImageClassification:
         top_k: int | None = None,
     ) -> list[list[dict[str, Any]]]:
         """Return [{"label", "probability"}, ...] for each RGB image, the likeliest first."""
-        pixels = build_transform(image_processor, augmentation)({"image": images})["pixel_values"]
+        pixels = build_transform(image_processor, augmentation)({"image": list(images)})["pixel_values"]
         logits = model(pixel_values=pixels.to(next(model.parameters()).device)).logits
         count = logits.shape[-1]
         best = logits.float().softmax(-1).topk(count if top_k is None else min(top_k, count))

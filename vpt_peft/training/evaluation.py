@@ -52,7 +52,8 @@ def evaluate_model(
     task = task or get_task()
     if split not in ("train", "validation", "test"):
         data, split = replace(data, test_split=split), "test"
-    splits = task.read(data, token=token, id2label=base_model(model).config.id2label)
+    names = {int(number): name for number, name in (base_model(model).config.id2label or {}).items()}
+    splits = task.read(data, token=token, id2label=names)
     if split not in splits:
         raise DataError(f"split={split!r} is not in {data.dataset_name!r}, which has {', '.join(splits)}.")
     rows = splits[split].with_transform(task.transform(image_processor, data.augmentation))

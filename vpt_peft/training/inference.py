@@ -14,11 +14,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoImageProcessor
 
 from ..embedded import EMBEDDED_FOLDERS
+from ..files import RUN_RECORD
 from ..tasks import get_task
 from .arguments import ModelArguments
 from .checkpoints import labels_of_adapter, load_trained, read_baseline_spec
 from .methods import build_baseline, load_backbone, load_image_processor, resolve_model_path
-from .output import RUN_RECORD
 from .structure import Classifier
 
 
@@ -89,7 +89,7 @@ def load_adapter_model(
     """
     folder = local_folder(path_or_id, revision, subfolder, token, cache_dir)
     check_files(folder)
-    source = {"token": token, "cache_dir": cache_dir}
+    source: dict[str, Any] = {"token": token, "cache_dir": cache_dir}
     spec = read_baseline_spec(folder)
     model: Classifier
     if spec is None:

@@ -14,12 +14,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from ..files import write_json
+from ..files import RUN_RECORD, write_json
 from .arguments import VPTTrainingArguments
 
 
-# The arguments of the run; also the mark by which a folder is known as ours
-RUN_RECORD = "training_config.json"
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # Of safetensors, then of torch.save
 _WRITE_SIGNS = ("Error while serializing", "PytorchStreamWriter", "file write failed", "unexpected pos")
