@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from vpt_peft.tasks.classification import TASK
 from vpt_peft.training.feature_cache import FeatureCache
 from vpt_peft.training.features import FEATURES, CachedForward, find_split_point
-from vpt_peft.training.methods import build_model, load_image_processor
+from vpt_peft.training.model import build_model, load_image_processor
 
 
 pytest_plugins = ["training_fixtures"]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from vpt_peft.tasks.classification import TASK
-from vpt_peft.training.methods import build_model
+from vpt_peft.training.model import build_model
 from vpt_peft.training.optim import parameter_groups, split_trainable
 from vpt_peft.training.recipes import recipe_defaults
 from vpt_peft.training.trainer import VPTTrainer

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vpt_peft.tasks.classification import TASK
-from vpt_peft.training.methods import build_model, check_trainable, load_image_processor
+from vpt_peft.training.model import build_model, check_trainable, load_image_processor
 from vpt_peft.training.report import SavedBytes, StepCost, describe_run, measure_step
 from vpt_peft.training.trainer import VPTTrainer
 

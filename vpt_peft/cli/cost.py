@@ -20,7 +20,7 @@ COLUMNS = ("method", "trained values", "% of all", "on disk", "GFLOP forward", "
 def run(argv: Sequence[str]) -> int:
     """Print what training would cost, one row per method; nothing is downloaded but the model's configuration."""
     from ..cost import OPTIMIZER_STATES, estimate_costs
-    from ..skeleton import METHODS
+    from ..methods import METHODS
 
     parser = ArgumentParser(
         prog="vpt-peft cost",

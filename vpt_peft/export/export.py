@@ -13,8 +13,9 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoImageProcessor, PreTrainedModel
 
+from ..files import written_beside
 from ..tuners.vpt.store import find_store
-from .files import compare, write_onnx, write_torch, written_beside
+from .files import compare, write_onnx, write_torch
 from .metadata import make_metadata
 from .prepare import float_copy, merge_prompts, random_images, sample, trace
 
@@ -89,7 +90,8 @@ def export_model(
         program = trace(wrapper, images)
     names = list(expected[0])
     metadata = make_metadata(copied, adapter, image_processor, augmentation, images, "logits" in names)
-    with written_beside(path) as scratch:
+    with written_beside(path.parent) as folder:
+        scratch = folder / path.name
         if format == "onnx":
             write_onnx(program, scratch, wrapper.argument, names, metadata, opset)
         else:

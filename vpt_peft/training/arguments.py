@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 import yaml
@@ -17,26 +17,19 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..data.arguments import DataArguments
+from ..methods import METHODS, PROMPT_METHODS
 from ..tasks import get_task, task_names
 from ..tasks.base import DEFAULT_TASK
-from .recipes import PROMPT_METHODS, recipe_defaults, scaled_learning_rate
+from .recipes import recipe_defaults, scaled_learning_rate
 
 
-MethodName = Literal[
-    "vpt", "vpt_shallow", "gated_vpt", "linear", "full", "partial", "mlp", "bias", "adapter", "sidetune", "lora"
-]
-METHODS: tuple[str, ...] = get_args(MethodName)
 # Neither secrets nor where this run writes belong in the record of a run
 _NOT_RECORDED = ("token", "hub_token", "output_dir", "resume_from_checkpoint", "overwrite_output_dir")
 
 
 @dataclass
 class ModelArguments:
-    """The backbone, and what it learns.
-
-    Raises:
-        ValueError: there is no such task.
-    """
+    """The backbone, and what it learns."""
 
     model_name_or_path: str = field(
         default="embedded",
@@ -45,18 +38,16 @@ class ModelArguments:
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the Hub model."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where Hub downloads are kept."})
     token: str | None = field(default=None, metadata={"help": "Hub token for private models and data."})
-    task: str = field(default=DEFAULT_TASK, metadata={"help": f"What the model learns: {', '.join(task_names())}."})
-
-    def __post_init__(self) -> None:
-        get_task(self.task)
+    task: str = field(default=DEFAULT_TASK, metadata={"help": "What the model learns.", "choices": list(task_names())})
 
 
 @dataclass
 class MethodArguments:
     """How the backbone is adapted, and what differs from plain transformers training."""
 
-    method: MethodName = field(
-        default="vpt", metadata={"help": "Prompts (vpt, vpt_shallow, gated_vpt) or a baseline."}
+    method: str = field(
+        default="vpt",
+        metadata={"help": "Prompts (vpt, vpt_shallow, gated_vpt) or a baseline.", "choices": list(METHODS)},
     )
     recipe: Literal["default", "vpt_paper", "gpt_paper"] = field(
         default="default", metadata={"help": "Preset of optimizer, schedule and rates; flags override it."}

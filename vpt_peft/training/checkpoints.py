@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from .methods import SPEC_ATTRIBUTE, BaselineSpec
-from .structure import Classifier, base_model
+from ..methods.structure import Classifier, base_model
+from .model import SPEC_ATTRIBUTE, BaselineSpec
 
 
 BASELINE_CONFIG = "vpt_peft_baseline.json"

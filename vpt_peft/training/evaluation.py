@@ -16,8 +16,8 @@ from transformers import EvalPrediction
 
 from ..data.arguments import DataArguments
 from ..data.images import DataError, ImageError, to_rgb
+from ..methods.structure import Classifier, base_model
 from ..tasks import Task, get_task
-from .structure import Classifier, base_model
 
 
 logger = logging.getLogger(__name__)

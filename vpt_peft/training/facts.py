@@ -8,28 +8,16 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..embedded import EMBEDDED_FOLDERS
+from ..methods import METHODS, PROMPT_METHODS
+from ..reporting import SPLITS
 from ..reporting.card import CardFacts, Result, add_results
 from ..tasks import Task, get_task
 from .arguments import Arguments, MethodArguments, VPTTrainingArguments
 from .inference import read_record
-from .methods import EMBEDDED, ParameterCounts
-from .recipes import PROMPT_METHODS
+from .model import ParameterCounts
 
 
-_METHOD_NAMES = {
-    "vpt": "Visual Prompt Tuning, deep ([Jia et al., ECCV 2022](https://arxiv.org/abs/2203.12119))",
-    "vpt_shallow": "Visual Prompt Tuning, shallow ([Jia et al., ECCV 2022](https://arxiv.org/abs/2203.12119))",
-    "gated_vpt": "gated prompts ([Yoo et al., ICML 2023](https://arxiv.org/abs/2306.05067))",
-    "linear": "a linear probe",
-    "full": "full fine-tuning",
-    "partial": "fine-tuning of the last blocks",
-    "mlp": "an MLP head on frozen features",
-    "bias": "bias tuning ([Ben Zaken et al., ACL 2022](https://arxiv.org/abs/2106.10199))",
-    "adapter": "bottleneck adapters ([Houlsby et al., ICML 2019](https://arxiv.org/abs/1902.00751))",
-    "sidetune": "side-tuning ([Zhang et al., ECCV 2020](https://arxiv.org/abs/1912.13503))",
-    "lora": "LoRA ([Hu et al., ICLR 2022](https://arxiv.org/abs/2106.09685))",
-}
-_SPLITS = {"eval": "validation", "test": "test"}
 # Where and how a run was done, not what was tried
 _HIDDEN = {"hub_model_id", "hub_private_repo", "push_to_hub", "feature_cache_dir", "report_to", "run_name"}
 
@@ -67,7 +55,7 @@ def gather_facts(
         name=output_dir.name,
         pipeline_tag=task.pipeline_tag,
         library="peft" if peft_tag else "transformers",
-        method=_METHOD_NAMES[method.method],
+        method=METHODS[method.method].markdown,
         tags=["vpt_peft", task.pipeline_tag, "vision", method.method, *peft_tag],
         base_name=_public_name(arguments.model.model_name_or_path),
         data_name=data_name,
@@ -106,7 +94,7 @@ def add_test_results(folder: str | Path, metrics: Mapping[str, float]) -> None:
 def _results(task: Task, metrics: Mapping[str, float]) -> list[Result]:
     return [
         Result(split, metric.kind, metric.title, round(float(metrics[key]), 4), metric.format(metrics[key]))
-        for prefix, split in _SPLITS.items()
+        for prefix, split in SPLITS.items()
         for metric in task.metrics
         if (key := f"{prefix}_{metric.name}") in metrics
     ]
@@ -142,8 +130,8 @@ def _snippet(arguments: Arguments, task: Task, adapter: str) -> str:
             f"{target}model, processor = load_adapter_model(adapter)\n{image}{use}"
         )
     registers = "import vpt_peft  # registers the method with PEFT\n" if method in PROMPT_METHODS else ""
-    located = f"embedded_path({json.dumps(base)})" if base in EMBEDDED else json.dumps(base)
-    packaged = "from vpt_peft.embedded import embedded_path\n" if base in EMBEDDED else ""
+    located = f"embedded_path({json.dumps(base)})" if base in EMBEDDED_FOLDERS else json.dumps(base)
+    packaged = "from vpt_peft.embedded import embedded_path\n" if base in EMBEDDED_FOLDERS else ""
     return (
         "import torch\nfrom peft import PeftModel\nfrom PIL import Image\n"
         f"from transformers import AutoConfig, AutoImageProcessor, {auto_class}\n\n"

@@ -19,10 +19,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.splits import dataset_fingerprint
+from ..methods.structure import Classifier, base_model, find_head
 from ..tasks import Task
 from .features import FEATURES, SplitPoint
 from .optim import split_trainable
-from .structure import Classifier, base_model, find_head
 
 
 class CachedFeatures(Dataset):

@@ -18,10 +18,10 @@ from torch import nn
 from torch.func import functional_call
 
 from ..encoder.trace import shaken
+from ..methods import PROMPT_METHODS
+from ..methods.structure import Classifier, base_model, find_blocks, find_head
 from .arguments import MethodArguments
 from .optim import split_trainable
-from .recipes import PROMPT_METHODS
-from .structure import Classifier, base_model, find_blocks, find_head
 
 
 FEATURES = "cached_features"

@@ -15,11 +15,11 @@ from transformers import AutoConfig, AutoImageProcessor
 
 from ..embedded import EMBEDDED_FOLDERS
 from ..files import RUN_RECORD
+from ..methods.structure import Classifier
 from ..tasks import get_task
 from .arguments import ModelArguments
 from .checkpoints import labels_of_adapter, load_trained, read_baseline_spec
-from .methods import build_baseline, load_backbone, load_image_processor, resolve_model_path
-from .structure import Classifier
+from .model import build_baseline, load_backbone, load_image_processor, resolve_model_path
 
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from peft import PeftModel
 from torch import nn
 
 from ..heads import trained_modules
+from ..methods.structure import Classifier, find_head
 from .arguments import MethodArguments, VPTTrainingArguments
-from .structure import Classifier, find_head
 
 
 def split_trainable(model: Classifier) -> dict[str, dict[str, nn.Parameter]]:

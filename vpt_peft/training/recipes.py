@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..methods import PROMPT_METHODS
+
 
 if TYPE_CHECKING:
     from .arguments import VPTTrainingArguments
 
-PROMPT_METHODS = ("vpt", "vpt_shallow", "gated_vpt")
 RECIPES = ("default", "vpt_paper", "gpt_paper")
 
 # Peak AdamW learning rates of the default recipe: what a method adds or unfreezes, then its head.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from .methods import ParameterCounts
+from .model import ParameterCounts
 
 
 _TURNS = 3

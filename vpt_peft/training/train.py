@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, set_seed
 
 from ..files import written_beside
+from ..methods.structure import Classifier
 from ..reporting.card import write_card
 from ..tasks import Task, get_task
 from .arguments import Arguments, MethodArguments, VPTTrainingArguments
@@ -23,10 +24,9 @@ from .checkpoints import WRITTEN, save_trained
 from .facts import gather_facts
 from .feature_cache import FeatureCache, default_cache_dir
 from .features import FEATURES, CachedForward, SplitPoint, find_split_point
-from .methods import build_model, check_trainable, load_image_processor, resolve_model_path
+from .model import build_model, check_trainable, load_image_processor, resolve_model_path
 from .output import claim_output_dir, full_disk_explained, last_checkpoint, prepare_output_dir
 from .report import describe_run, measure_step
-from .structure import Classifier
 from .trainer import TrainingDiverged, VPTTrainer
 
 

@@ -1,4 +1,4 @@
-"""Flags with several values: the axes of a comparison or a sweep, and the runs that they span."""
+"""Flags with several values: the axes of a comparison or a sweep."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from .arguments import FlagParser, as_tokens, train_parser
+from ..training.arguments import FlagParser, as_tokens, train_parser
 
 
 _SINGLE = ("output_dir", "token", "hub_token", "metric_for_best_model")
 _REFUSED = {
     "push_to_hub": "push the adapter you choose with `vpt-peft push`",
     "overwrite_output_dir": "delete the folder of a run to repeat it",
-    "resume_from_checkpoint": "the same command goes on by itself where it broke off",
+    "resume_from_checkpoint": "the same command continues by itself where it was interrupted",
 }
 
 
@@ -37,12 +37,12 @@ class Range:
 
 @dataclass(frozen=True)
 class Grid:
-    """What all runs share, and the values of each flag that they differ in.
+    """What all runs share, and the values of the flags in which they differ.
 
     Args:
         common (`dict[str, Any]`): flags with one value.
         axes (`dict[str, list | Range]`): flags with several values.
-        seeds (`list[int]`): every setting is run once with each.
+        seeds (`list[int]`): every trial is run once with each.
         own (`dict[str, Any]`): the command's own options.
     """
 
@@ -51,8 +51,8 @@ class Grid:
     seeds: list[int]
     own: dict[str, Any]
 
-    def cells(self) -> list[dict[str, Any]]:
-        """Every combination of the axes' values.
+    def trials(self) -> list[dict[str, Any]]:
+        """Return the settings of every trial: all combinations of the axes' values.
 
         Raises:
             ValueError: an axis is a range.
@@ -73,16 +73,14 @@ class Grid:
 
     @property
     def has_ranges(self) -> bool:
-        """Whether some axis cannot be enumerated."""
+        """Whether an axis cannot be enumerated."""
         return any(isinstance(values, Range) for values in self.axes.values())
 
 
 def make_parser(prog: str, description: str) -> FlagParser:
-    """The parser of a training run, where flags of one value take several; a command adds its own options to it."""
+    """Return the parser of a training run, where flags of one value take several; commands add their own options."""
     parser = train_parser(prog).without_defaults()
-    parser.description = (
-        f"{description} All flags of `vpt-peft train` are taken; those with several values are varied."
-    )
+    parser.description = f"{description} Takes all flags of `vpt-peft train`; those with several values are varied."
     for action in parser._actions:
         if action.option_strings and action.nargs in (None, "?"):
             action.nargs = "+" if action.nargs is None else "*"
@@ -92,7 +90,7 @@ def make_parser(prog: str, description: str) -> FlagParser:
 
 
 def parse_grid(parser: FlagParser, argv: Sequence[str]) -> Grid:
-    """Sort flags (or a .json/.yaml file's values) into what is common and what varies.
+    """Sort flags (or the values of a .json/.yaml file) into what is common and what varies.
 
     Raises:
         ValueError: an unknown flag, a value of the wrong type, or a flag that cannot be used here.
@@ -135,13 +133,8 @@ def _number_or_range(number: type, text: str) -> Any:
     return found
 
 
-def describe(settings: Mapping[str, Any]) -> str:
-    """Settings as one line: "learning_rate=0.001, weight_decay=0.0"."""
-    return ", ".join(f"{name}={value}" for name, value in settings.items()) or "as given"
-
-
 def folder_name(settings: Mapping[str, Any]) -> str:
-    """A file name made of the settings; a hash is added where characters or length had to go."""
+    """Return a file name made of the settings; a hash is added where it had to be shortened or cleaned."""
     text = ",".join(f"{name}={value}" for name, value in settings.items())
     safe = re.sub(r"[^\w.,=+-]", "_", text)[:120]
     return safe if safe == text else f"{safe}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -1,12 +1,10 @@
-"""Several trainings below one folder: each is kept when it ends, gone on with where it broke off, and told in a table."""
+"""Trials and their training runs below one folder: each run is kept when it ends, and resumed where it was interrupted."""
 
 from __future__ import annotations
 
 import gc
 import json
 import logging
-import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,12 +14,13 @@ import torch
 from accelerate import PartialState
 
 from ..data.images import DataError
-from ..files import write_json
-from .arguments import Arguments, parse_args
-from .grid import Grid, describe, folder_name
-from .output import last_checkpoint
-from .train import train
-from .trainer import TrainingDiverged
+from ..files import RUN_RECORD, write_json
+from ..reporting import describe
+from ..training.arguments import Arguments, parse_args
+from ..training.output import last_checkpoint
+from ..training.train import train
+from ..training.trainer import TrainingDiverged
+from .grid import Grid, folder_name
 
 
 logger = logging.getLogger(__name__)
@@ -31,14 +30,14 @@ RUN_RESULT = "run_result.json"
 
 
 @dataclass
-class Setting:
-    """One row of the table: settings and what every seed gave.
+class Trial:
+    """Settings, and what the run of every seed gave.
 
     Args:
         settings (`dict[str, Any]`): values of the varied flags.
         folders (`list[str]`): of the runs that ended well, one per seed.
-        metrics (`list[dict]`): of the same runs.
-        errors (`dict[str, str]`): why the other seeds' runs ended, by seed.
+        metrics (`list[dict[str, float]]`): of the same runs.
+        errors (`dict[str, str]`): why the other runs failed, by seed.
     """
 
     settings: dict[str, Any]
@@ -47,27 +46,30 @@ class Setting:
     errors: dict[str, str] = field(default_factory=dict)
 
     def mean(self, name: str) -> float | None:
-        """Mean over seeds of a metric, or None where no run has it."""
-        values = self._values(name)
-        return statistics.fmean(values) if values else None
+        """Return the mean of a metric over seeds, or None where no run has it."""
+        return self.summary().get(name, {}).get("mean")
 
     def deviation(self, name: str) -> float | None:
-        """Sample standard deviation over seeds, or None for fewer than two runs."""
-        values = self._values(name)
-        return statistics.stdev(values) if len(values) > 1 else None
+        """Return the sample standard deviation of a metric over seeds, or None for fewer than two runs."""
+        return self.summary().get(name, {}).get("std")
 
-    def _values(self, name: str) -> list[float]:
-        return [metrics[name] for metrics in self.metrics if name in metrics]
+    def summary(self) -> dict[str, dict[str, float | None]]:
+        """Return mean and sample standard deviation of every metric, by its name."""
+        import pandas
+
+        found = pandas.DataFrame(self.metrics).agg(["mean", "std"]).to_dict() if self.metrics else {}
+        return {
+            name: {kind: None if pandas.isna(value) else value for kind, value in both.items()}
+            for name, both in sorted(found.items())
+        }
 
     def row(self) -> dict[str, Any]:
-        """The setting as JSON, with mean and deviation of every metric."""
-        names = sorted({name for metrics in self.metrics for name in metrics})
-        means = {name: {"mean": self.mean(name), "std": self.deviation(name)} for name in names}
-        return {**asdict(self), "summary": means}
+        """Return the trial as JSON, with the summary of its metrics."""
+        return {**asdict(self), "summary": self.summary()}
 
 
-def parse_cell(grid: Grid, settings: Mapping[str, Any], seed: int) -> Arguments:
-    """Arguments of one run in its own folder below the common output_dir.
+def parse_run(grid: Grid, settings: Mapping[str, Any], seed: int) -> Arguments:
+    """Return the arguments of one run, which has its own folder below the common output_dir.
 
     Raises:
         ValueError: the values do not go together.
@@ -77,16 +79,16 @@ def parse_cell(grid: Grid, settings: Mapping[str, Any], seed: int) -> Arguments:
     return parse_args({**grid.common, **settings, "seed": seed, "output_dir": output_dir})
 
 
-def run_setting(grid: Grid, settings: Mapping[str, Any], with_test: bool) -> Setting:
-    """Run one setting with every seed."""
-    outcome = Setting(dict(settings))
+def run_trial(grid: Grid, settings: Mapping[str, Any], with_test: bool) -> Trial:
+    """Run one trial with every seed."""
+    outcome = Trial(dict(settings))
     for seed in grid.seeds:
         logger.info("Run: %s, seed=%d.", describe(settings), seed)
-        arguments = parse_cell(grid, settings, seed)
+        arguments = parse_run(grid, settings, seed)
         try:
             result = run_once(arguments, with_test)
         except KeyboardInterrupt:
-            logger.warning("What has ended is kept in %s; the same command goes on.", grid.output_dir)
+            logger.warning("Finished runs are kept in %s; the same command continues.", grid.output_dir)
             raise
         if result["error"] is None:
             outcome.folders.append(str(arguments.training.output_dir))
@@ -100,8 +102,8 @@ def run_setting(grid: Grid, settings: Mapping[str, Any], with_test: bool) -> Set
 def run_once(arguments: Arguments, with_test: bool = True) -> dict[str, Any]:
     """Train into the arguments' folder unless that was done, and return {"record", "metrics", "error"}.
 
-    A loss that is not finite, settings that do not fit the model and too little memory are told in "error"; what
-    stands in the way of any run (data, files, network) is raised.
+    "error" holds why a run failed for its settings: a loss that is not finite, a value that does not fit the model,
+    too little memory. What would stop any run (data, files, network) is raised.
 
     Raises:
         FileExistsError: the folder holds a run with other arguments.
@@ -119,7 +121,7 @@ def run_once(arguments: Arguments, with_test: bool = True) -> dict[str, Any]:
     if checkpoint is None:
         arguments.training.overwrite_output_dir = True
     else:
-        _check_same(folder, json.loads((folder / "training_config.json").read_text(encoding="utf-8")), record)
+        _check_same(folder, json.loads((folder / RUN_RECORD).read_text(encoding="utf-8")), record)
         arguments.training.resume_from_checkpoint = "last"
     metrics, failure = {}, None
     try:
@@ -141,7 +143,7 @@ def run_once(arguments: Arguments, with_test: bool = True) -> dict[str, Any]:
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """What `run_once` wrote, or None where the run has not ended."""
+    """Return what `run_once` wrote, or None where the run has not ended."""
     try:
         return json.loads((folder / RUN_RESULT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -158,7 +160,7 @@ def _check_same(folder: Path, kept: Mapping[str, Any], wanted: Mapping[str, Any]
 
 
 def claim_folder(grid: Grid, results_name: str) -> Path:
-    """Make sure that the common output_dir is empty or one of the same command's, and return its results file.
+    """Check that the common output_dir is empty or belongs to the same command, and return its results file.
 
     Raises:
         FileExistsError: it holds other files.
@@ -175,56 +177,8 @@ def claim_folder(grid: Grid, results_name: str) -> Path:
     return path
 
 
-def write_results(path: Path, rows: Sequence[Setting], **more: Any) -> None:
-    """Write the rows so far, whole or not at all; a NaN would not be JSON, and does not occur."""
+def write_results(path: Path, rows: Sequence[Trial], **more: Any) -> None:
+    """Write the trials that have ended, whole or not at all."""
     if PartialState().is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {**more, "rows": [row.row() for row in rows]})
-
-
-def as_table(rows: Sequence[Setting], columns: Mapping[str, str]) -> str:
-    """Rows as a markdown table: the settings, number of runs, mean and deviation of each metric, what failed.
-
-    Args:
-        rows: to be shown, in this order.
-        columns: titles by the names of metrics; those with "accuracy" or "f1" in them are shown in percent.
-    """
-    shown = {name: title for name, title in columns.items() if any(row.mean(name) is not None for row in rows)}
-    axes = list(rows[0].settings)
-    failed = any(row.errors for row in rows)
-    header = [*axes, "runs", *shown.values(), *(["failed"] if failed else [])]
-    cells = [
-        [
-            *(_value(row.settings[name]) for name in axes),
-            str(len(row.metrics)),
-            *(_cell(row, name) for name in shown),
-            *([_reasons(row)] if failed else []),
-        ]
-        for row in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
-    lines = [
-        " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in (header, *cells)
-    ]
-    rule = "|".join("-" * (width + 2) for width in widths)
-    return "\n".join([f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])]) + "\n"
-
-
-def _reasons(row: Setting) -> str:
-    # The first sentence; the whole text is in the results file
-    return "; ".join(f"seed {seed}: {error.split('. ')[0]}" for seed, error in row.errors.items())
-
-
-def _cell(row: Setting, name: str) -> str:
-    mean, deviation = row.mean(name), row.deviation(name)
-    if mean is None or not math.isfinite(mean):
-        return "-"
-    if name == "trainable_parameters":
-        return f"{mean:,.0f}"
-    scale, digits = (100, 2) if "accuracy" in name or "f1" in name else (1, 3 if "loss" in name else 1)
-    text = f"{scale * mean:.{digits}f}"
-    return text if deviation is None else f"{text} ± {scale * deviation:.{digits}f}"
-
-
-def _value(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)

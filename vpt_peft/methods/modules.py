@@ -15,12 +15,12 @@ SIDE_NAME = "side_tuning"
 
 
 class MLPHead(nn.Sequential):
-    """A head of `num_layers` linear maps with GELU between them (MLP-k in the VPT paper).
+    """A head of `num_layers` linear layers with GELU between them (MLP-k in the VPT paper, arXiv 2203.12119).
 
     Args:
         in_features (`int`): width of the backbone's output, kept by the hidden layers.
         num_labels (`int`): number of classes.
-        num_layers (`int`): linear maps in all; 1 is the linear probe.
+        num_layers (`int`): linear layers in all; 1 is the linear probe.
 
     Shapes: `(batch, in_features)` to `(batch, num_labels)`.
     """
@@ -34,6 +34,10 @@ class MLPHead(nn.Sequential):
 
 class BottleneckAdapter(nn.Module):
     """Bottleneck adapter of Houlsby et al. (2019), arXiv 1902.00751: x + up(gelu(down(x))), the identity at the start.
+
+    Args:
+        hidden_size (`int`): width of the tokens.
+        reduction (`int`): hidden size over the width of the bottleneck.
 
     Shapes: `(batch, tokens, hidden)` in and out; `(batch, height, width, hidden)` works too.
     """
@@ -57,34 +61,30 @@ def _adapt_block_output(block: nn.Module, args: tuple[Any, ...], output: Any) ->
     return adapter(output)
 
 
-def add_bottleneck_adapters(blocks: Sequence[nn.Module], reduction: int) -> list[BottleneckAdapter]:
-    """Put one adapter behind each block's MLP, that is on the block's output, as a child module and a forward hook."""
+def add_bottleneck_adapters(
+    blocks: Sequence[nn.Module], widths: Sequence[int], reduction: int
+) -> list[BottleneckAdapter]:
+    """Put one adapter on each block's output, as a child module and a forward hook.
+
+    Args:
+        blocks (`Sequence[nn.Module]`): the blocks of the encoder.
+        widths (`Sequence[int]`): width of the tokens of each block.
+        reduction (`int`): that width over the width of the bottleneck.
+    """
     adapters = []
-    for block in blocks:
-        hidden_size = _block_width(block)
-        adapter = BottleneckAdapter(hidden_size, reduction)
+    for block, width in zip(blocks, widths, strict=True):
+        adapter = BottleneckAdapter(width, reduction)
         block.add_module(ADAPTER_NAME, adapter)
         block.register_forward_hook(_adapt_block_output)
         adapters.append(adapter)
     return adapters
 
 
-def _block_width(block: nn.Module) -> int:
-    """The width of a block's output: that of its norms, else the out_features of its last linear map."""
-    for module in block.modules():
-        if isinstance(module, nn.LayerNorm):
-            return module.normalized_shape[-1]
-    linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
-    if not linears:
-        raise ValueError(f"the width of {type(block).__name__} cannot be read; method 'adapter' needs linear layers.")
-    return linears[-1].out_features
-
-
 class SideTuning(nn.Module):
     """Side-tuning of Zhang et al. (2020), arXiv 1912.13503: features = a * frozen + (1 - a) * side(image).
 
     The blend a = sigmoid(alpha) is learned and starts at one half, as in the paper. The side network is four strided
-    convolutions, a mean over the image and a linear map to the width of the head's input.
+    convolutions, a mean over the image and a linear layer to the width of the head's input.
 
     Shapes: images `(batch, 3, height, width)`, features `(batch, features)`.
     """
@@ -100,7 +100,7 @@ class SideTuning(nn.Module):
         self._pixel_values: torch.Tensor | None = None
 
     def see(self, pixel_values: torch.Tensor) -> None:
-        """Keep the images of the forward pass under way."""
+        """Keep the images of the running forward pass."""
         self._pixel_values = pixel_values
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:

@@ -1,42 +1,37 @@
-"""Build the model of every method: prompts and LoRA through PEFT, the papers' other baselines by what is unfrozen."""
+"""The model of a run: the backbone with a head for the labels, made ready for the method."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
-    AutoModelForImageClassification,
     PreTrainedModel,
     ViTConfig,
     ViTForImageClassification,
 )
 from transformers.utils import logging as transformers_logging
 
-from ..heads import trained_modules
+from ..embedded import EMBEDDED_FOLDERS, embedded_path
+from ..methods import METHODS, MethodOptions, apply_method
+from ..methods.structure import Classifier, find_head
+from ..tasks import get_task
 from .arguments import GATE_FIELDS, PROMPT_FIELDS, MethodArguments, ModelArguments
-from .baselines import MLPHead, add_bottleneck_adapters, add_side_network, keep_frozen_in_eval
 from .optim import split_trainable
-from .recipes import PROMPT_METHODS
-from .structure import Classifier, find_blocks, find_final_norm, find_head, find_output_layer
 
 
 logger = logging.getLogger(__name__)
 
 SPEC_ATTRIBUTE = "baseline_spec"
-EMBEDDED = ("embedded", "embedded-mae")
-# Names of query and value maps over transformers' encoders, then of fused ones
-_QUERY_VALUE = {"query", "value", "q_proj", "v_proj", "q", "v", "to_q", "to_v", "query_proj", "value_proj"}
-_FUSED = {"qkv", "query_key_value", "in_proj", "Wqkv"}
+EMBEDDED = tuple(EMBEDDED_FOLDERS)
 
 
 @dataclass(frozen=True)
@@ -53,11 +48,7 @@ class BaselineSpec:
 
 def resolve_model_path(name: str) -> str:
     """Turn 'embedded' and 'embedded-mae' into the package's folders; anything else stays as it is."""
-    if name not in EMBEDDED:
-        return name
-    from ..embedded import embedded_path
-
-    return str(embedded_path(name))
+    return str(embedded_path(name)) if name in EMBEDDED_FOLDERS else name
 
 
 def load_image_processor(model_args: ModelArguments) -> Any:
@@ -111,7 +102,7 @@ def load_backbone(model_args: ModelArguments, id2label: Mapping[int, str]) -> Pr
     }
     with _named(model_args):
         config = AutoConfig.from_pretrained(path, **source)
-    loader: Any = AutoModelForImageClassification
+    loader: Any = get_task(model_args.task).auto_class
     if config.model_type == "vit_mae":
         config, loader = ViTConfig.from_dict({**config.to_dict(), "model_type": "vit"}), ViTForImageClassification
     config.id2label, config.label2id = labels, {name: index for index, name in labels.items()}
@@ -134,8 +125,7 @@ def load_backbone(model_args: ModelArguments, id2label: Mapping[int, str]) -> Pr
 def _begin_at_zero(model: PreTrainedModel, drawn: Collection[str]) -> None:
     """Let output layers that the checkpoint did not hold begin at zero.
 
-    All classes are alike then. Random ones send their noise into the prompts for as long as they last, and cost accuracy
-    where images are few.
+    All classes are alike then. Random layers send their noise into the prompts, which hurts where images are few.
     """
     for path, head in find_head(model).items():
         linears = [(name, module) for name, module in head.named_modules() if isinstance(module, nn.Linear)]
@@ -166,8 +156,12 @@ def build_model(model_args: ModelArguments, method_args: MethodArguments, id2lab
         OSError: the model cannot be found.
     """
     model = load_backbone(model_args, id2label)
-    if method_args.method in PROMPT_METHODS or method_args.method == "lora":
-        return _peft_model(model, model_args, method_args)
+    if METHODS[method_args.method].configure is not None:
+        adapted: Any = apply_method(model, method_args.method, method_options(method_args))
+        # The package's own backbones lie at another path on every machine
+        config = adapted.peft_config["default"]
+        config.base_model_name_or_path, config.revision = model_args.model_name_or_path, model_args.model_revision
+        return adapted
     spec = BaselineSpec(
         method_args.method,
         model_args.model_name_or_path,
@@ -181,111 +175,22 @@ def build_model(model_args: ModelArguments, method_args: MethodArguments, id2lab
 
 def build_baseline(model: PreTrainedModel, spec: BaselineSpec) -> PreTrainedModel:
     """Change `model` in place into the baseline that `spec` describes and return it."""
-    if spec.method != "full":
-        model.requires_grad_(False)
-        trained = _BASELINES[spec.method](model, spec)
-        keep_frozen_in_eval(model, trained)
+    options = MethodOptions(
+        partial_blocks=spec.partial_blocks, mlp_layers=spec.mlp_layers, adapter_reduction=spec.adapter_reduction
+    )
+    apply_method(model, spec.method, options)
     setattr(model, SPEC_ATTRIBUTE, spec)
     return model
 
 
-def _train_head(model: PreTrainedModel) -> list[nn.Module]:
-    head = list(find_head(model).values())
-    for module in head:
-        module.requires_grad_(True)
-    return head
-
-
-def _linear(model: PreTrainedModel, spec: BaselineSpec) -> list[nn.Module]:
-    return _train_head(model)
-
-
-def _mlp(model: PreTrainedModel, spec: BaselineSpec) -> list[nn.Module]:
-    name, output_layer = find_output_layer(model)
-    head = MLPHead(output_layer.in_features, output_layer.out_features, spec.mlp_layers)
-    model.set_submodule(name, head.to(output_layer.weight))
-    return [head, *_train_head(model)]
-
-
-def _bias(model: PreTrainedModel, spec: BaselineSpec) -> list[nn.Module]:
-    for name, parameter in model.named_parameters():
-        last = name.rsplit(".", 1)[-1]
-        # Position-bias tables are matrices: weights in all but name
-        if parameter.ndim == 1 and (last == "bias" or last.endswith("_bias")):
-            parameter.requires_grad_(True)
-    return _train_head(model)
-
-
-def _partial(model: PreTrainedModel, spec: BaselineSpec) -> list[nn.Module]:
-    blocks = find_blocks(model)
-    if spec.partial_blocks > len(blocks):
-        raise ValueError(f"partial_blocks={spec.partial_blocks} but the encoder has {len(blocks)} blocks.")
-    last, norm = blocks[-spec.partial_blocks :], find_final_norm(model)
-    for module in last if norm is None else (*last, norm):
-        module.requires_grad_(True)
-    return [*last, *_train_head(model)]
-
-
-def _adapter(model: PreTrainedModel, spec: BaselineSpec) -> list[nn.Module]:
-    return [*add_bottleneck_adapters(find_blocks(model), spec.adapter_reduction), *_train_head(model)]
-
-
-def _sidetune(model: PreTrainedModel, spec: BaselineSpec) -> list[nn.Module]:
-    return [add_side_network(model, find_output_layer(model)[1]), *_train_head(model)]
-
-
-_BASELINES: dict[str, Callable[[PreTrainedModel, BaselineSpec], list[nn.Module]]] = {
-    "linear": _linear,
-    "mlp": _mlp,
-    "bias": _bias,
-    "partial": _partial,
-    "adapter": _adapter,
-    "sidetune": _sidetune,
-}
-
-
-def prompt_config(method_args: MethodArguments) -> PeftConfig:
-    """The VPTConfig or GatedVPTConfig of the arguments; fields that were not given keep the config's defaults.
-
-    Raises:
-        ValueError: from the config, for a value outside its range.
-    """
-    from .. import GatedVPTConfig, VPTConfig
-
+def method_options(method_args: MethodArguments) -> MethodOptions:
+    """The options of the arguments; prompt fields that were not given keep the configuration's defaults."""
     names = [name for name in (*PROMPT_FIELDS, *GATE_FIELDS) if name != "init_method"]
-    given = {name: getattr(method_args, name) for name in names if getattr(method_args, name) is not None}
-    if method_args.method == "gated_vpt":
-        return GatedVPTConfig(num_virtual_tokens=method_args.num_virtual_tokens, **given)
-    deep = method_args.method == "vpt"
-    return VPTConfig(num_virtual_tokens=method_args.num_virtual_tokens, deep=deep, **given)
-
-
-def _lora_config(model: PreTrainedModel, method_args: MethodArguments) -> LoraConfig:
-    blocks = find_blocks(model)
-    inside = {module for block in blocks for module in block.modules()}
-    linears = [name for name, m in model.named_modules() if m in inside and isinstance(m, nn.Linear)]
-    for names in (_QUERY_VALUE, _FUSED):
-        targets = sorted({linear.rsplit(".", 1)[-1] for linear in linears} & names)
-        if targets:
-            rank = method_args.lora_r
-            heads = list(find_head(model))
-            return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, modules_to_save=heads)
-    raise ValueError(
-        f"method='lora' finds no query and value maps in {type(blocks[0]).__name__}; its linear layers are "
-        f"{', '.join(sorted({linear.rsplit('.', 1)[-1] for linear in linears}))}. Use PEFT's LoraConfig directly."
+    return MethodOptions(
+        num_virtual_tokens=method_args.num_virtual_tokens,
+        lora_r=method_args.lora_r,
+        fields={name: getattr(method_args, name) for name in names if getattr(method_args, name) is not None},
     )
-
-
-def _peft_model(model: PreTrainedModel, model_args: ModelArguments, method_args: MethodArguments) -> PeftModel:
-    is_lora = method_args.method == "lora"
-    config = _lora_config(model, method_args) if is_lora else prompt_config(method_args)
-    peft_model = get_peft_model(model, config)
-    if is_lora:
-        keep_frozen_in_eval(model, list(trained_modules(model)))
-    # The package's own backbones lie at another path on every machine
-    active = peft_model.peft_config["default"]
-    active.base_model_name_or_path, active.revision = model_args.model_name_or_path, model_args.model_revision
-    return peft_model
 
 
 @dataclass(frozen=True)
@@ -312,7 +217,7 @@ def check_trainable(model: Classifier, method: str) -> ParameterCounts:
     prompts, head, rest = (sum(p.numel() for p in groups[name].values()) for name in ("prompts", "head", "rest"))
     if not head:
         raise RuntimeError(f"method={method!r}: the task head would not train.")
-    if method in (*PROMPT_METHODS, "lora"):
+    if METHODS[method].configure is not None:
         if groups["rest"]:
             raise RuntimeError(f"method={method!r} would also train {', '.join(list(groups['rest'])[:5])}.")
         if not prompts:

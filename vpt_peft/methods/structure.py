@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..encoder import find_encoder, submodule
+from ..encoder import EncoderSpec, find_encoder, submodule
 
 
 Classifier: TypeAlias = PeftModel | PreTrainedModel
@@ -19,28 +19,32 @@ def base_model(model: Classifier) -> PreTrainedModel:
     return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
-def find_blocks(model: nn.Module) -> list[nn.Module]:
+def find_blocks(model: nn.Module, spec: EncoderSpec | None = None) -> list[nn.Module]:
     """Return the transformer blocks of the model's vision encoder in the order they run, as prompts count them.
+
+    Args:
+        model (`nn.Module`): holds the encoder.
+        spec (`EncoderSpec`, *optional*): the encoder, where it is known.
 
     Raises:
         EncoderError: the model holds no vision encoder with self-attention, or several.
     """
-    spec = find_encoder(model)
+    spec = spec or find_encoder(model)
     encoder = submodule(model, spec.path)
     return [submodule(encoder, block.path) for block in spec.blocks]
 
 
-def find_final_norm(model: nn.Module) -> nn.Module | None:
+def find_final_norm(model: nn.Module, spec: EncoderSpec | None = None) -> nn.Module | None:
     """Return the norm that reads all tokens of the last block, or None where there is none."""
-    spec = find_encoder(model)
+    spec = spec or find_encoder(model)
     return None if spec.final_norm is None else submodule(submodule(model, spec.path), spec.final_norm)
 
 
 def find_output_layer(model: PreTrainedModel) -> tuple[str, nn.Linear]:
-    """Return the dotted name and the module of the last linear map onto the labels.
+    """Return the dotted name and the module of the last linear layer onto the labels.
 
     Raises:
-        ValueError: no linear map has `config.num_labels` outputs.
+        ValueError: no linear layer has `config.num_labels` outputs.
     """
     num_labels = model.config.num_labels
     linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == num_labels]
@@ -59,7 +63,7 @@ def find_head(model: PreTrainedModel) -> dict[str, nn.Module]:
     wrappers) the output layer alone is the head.
 
     Raises:
-        ValueError: no linear map has `config.num_labels` outputs.
+        ValueError: no linear layer has `config.num_labels` outputs.
     """
     name, output_layer = find_output_layer(model)
     num_labels = model.config.num_labels

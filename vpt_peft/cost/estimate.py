@@ -1,4 +1,4 @@
-"""What a method will cost before it is trained: values, bytes on disk, FLOPs, memory, the largest batch that fits."""
+"""Estimate what training with a method costs: parameters, bytes on disk, FLOPs, memory, the largest batch that fits."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from transformers import (
     ViTConfig,
 )
 
-from .embedded import EMBEDDED_FOLDERS, embedded_path
-from .encoder import EncoderSpec, find_encoder, submodule
-from .encoder.inputs import IMAGE_INPUTS, sample_inputs
-from .encoder.quantized import has_packed_weights
+from ..embedded import EMBEDDED_FOLDERS, embedded_path
+from ..encoder import EncoderSpec, find_encoder, submodule
+from ..encoder.inputs import IMAGE_INPUTS, sample_inputs
+from ..encoder.quantized import has_packed_weights
+from ..methods import METHODS, MethodOptions
+from ..tuners.vpt.check import check_shortcuts
+from ..tuners.vpt.store import find_store
+from .meta_model import apply_to_meta_model, safetensors_bytes, saved_tensors
 from .simulation import StepCost, blank_copy, simulate_step
-from .skeleton import METHODS, MethodOptions, apply_method, safetensors_bytes, saved_tensors
-from .tuners.vpt.check import check_shortcuts
-from .tuners.vpt.store import find_store
 
 
-# Moments kept per trained value
+# Values of optimizer state per trainable parameter
 OPTIMIZER_STATES = {"adamw": 2, "sgd": 1, "none": 0}
 MAX_BATCH_SIZE = 1 << 20
 # For what allocators hold in fragments: resident memory was up to 1.68 times the estimate with glibc's malloc
@@ -54,9 +55,9 @@ class CostEstimate:
         forward_flops, step_flops: Floating-point operations in matrix products and convolutions of the forward pass
             (which is inference), and of a training step; a multiply-add counts as two.
         weight_bytes: All weights and buffers.
-        optimizer_bytes: The optimizer's moments.
+        optimizer_bytes: The optimizer state.
         image_bytes: The images of a step.
-        step_bytes: Most that a training step has in use beyond weights, moments and images.
+        step_bytes: Most that a training step has in use beyond weights, optimizer state and images.
         memory_limit: What training may use.
         largest_batch_size: Images per step that fit the limit with `headroom`; 0 if not even one does.
     """
@@ -78,7 +79,7 @@ class CostEstimate:
 
     @property
     def peak_bytes(self) -> int:
-        """Expected peak memory: weights, the optimizer's moments, images and what a step adds."""
+        """Expected peak memory: weights, optimizer state, images and what a step adds."""
         return self.weight_bytes + self.optimizer_bytes + self.image_bytes + self.step_bytes
 
 
@@ -96,7 +97,7 @@ def estimate_cost(
 
 def estimate_costs(
     model_or_config: nn.Module | PreTrainedConfig | str,
-    methods: Sequence[str | PeftConfig | None] = METHODS,
+    methods: Sequence[str | PeftConfig | None] = tuple(METHODS),
     batch_size: int = 8,
     dtype: torch.dtype | str | None = None,
     autocast: torch.dtype | str | None = None,
@@ -164,21 +165,21 @@ def estimate_costs(
     specs: dict[str | None, EncoderSpec] = {}
     for method in methods:
         backbone = getattr(method, "backbone", None) or fields.get("backbone")
-        # Modules that methods add draw values before they are made blank
+        # Modules that methods add draw random values before they are emptied
         with torch.random.fork_rng(devices=[]):
             if method is not None and backbone not in specs:
                 found = find_encoder(model, backbone)
                 specs[backbone] = check_shortcuts(_base(model), submodule(model, found.path), found)
-            skeleton, path = blank_copy(model, "meta", weights), None
+            meta_model, path = blank_copy(model, "meta", weights), None
             if method is not None:
                 path = specs[backbone].path
-                skeleton = apply_method(skeleton, specs[backbone], method, options)
-        if not any(parameter.requires_grad for parameter in skeleton.parameters()):
+                meta_model = apply_to_meta_model(meta_model, specs[backbone], method, options)
+        if not any(parameter.requires_grad for parameter in meta_model.parameters()):
             raise ValueError(f"method={_name(method)!r} trains nothing of {type(model).__name__}.")
         if gradient_checkpointing:
-            _checkpoint(_base(skeleton))
-        simulate = _simulator(skeleton, target, compute, path)
-        estimates.append(_estimate(skeleton, _name(method), simulate, batch_size, optimizer, limit, headroom))
+            _checkpoint(_base(meta_model))
+        simulate = _simulator(meta_model, target, compute, path)
+        estimates.append(_estimate(meta_model, _name(method), simulate, batch_size, optimizer, limit, headroom))
     return estimates
 
 
@@ -210,7 +211,7 @@ def _check(
 def _as_dtype(name: str, value: torch.dtype | str | None) -> torch.dtype | None:
     found = getattr(torch, value, None) if isinstance(value, str) else value
     if value is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise ValueError(f"{name}={value!r} is no floating-point type; use float32, bfloat16 or float16.")
+        raise ValueError(f"{name}={value!r} is not a floating-point type; use float32, bfloat16 or float16.")
     return found
 
 
@@ -221,7 +222,7 @@ def _build(source: PreTrainedConfig | str, num_labels: int | None) -> PreTrained
         try:
             source = AutoConfig.from_pretrained(folder)
         except OSError as error:
-            raise OSError(f"{source!r} is no folder, and its configuration cannot be fetched: {error}") from error
+            raise OSError(f"{source!r} is not a folder, and its configuration cannot be fetched: {error}") from error
     config: Any = source
     if config.model_type == "vit_mae":
         # transformers has no classifier for MAE checkpoints; they are read as ViTs
@@ -248,7 +249,7 @@ def _device(model: nn.Module | None, device: torch.device | str | None) -> torch
 
 
 def _available(device: torch.device) -> int:
-    """Bytes of memory that nobody uses."""
+    """Free memory in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     import psutil
@@ -280,7 +281,7 @@ def _checkpoint(model: Any) -> None:
 
 
 def _simulator(
-    skeleton: nn.Module, device: torch.device, autocast: torch.dtype | None, path: str | None
+    meta_model: nn.Module, device: torch.device, autocast: torch.dtype | None, path: str | None
 ) -> Callable[[int], StepCost]:
     """A function that simulates a step of so many images.
 
@@ -288,7 +289,7 @@ def _simulator(
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        model = blank_copy(skeleton, device)
+        model = blank_copy(meta_model, device)
     base = _base(model)
     store = find_store(model)
     if store is not None:
@@ -318,7 +319,7 @@ def _simulator(
 
 
 def _estimate(
-    skeleton: nn.Module,
+    meta_model: nn.Module,
     method: str,
     simulate: Callable[[int], StepCost],
     batch_size: int,
@@ -326,25 +327,27 @@ def _estimate(
     limit: int,
     headroom: float,
 ) -> CostEstimate:
-    trained = [parameter for parameter in skeleton.parameters() if parameter.requires_grad]
-    moments = OPTIMIZER_STATES[optimizer] * sum(parameter.nbytes for parameter in trained)
+    trained = [parameter for parameter in meta_model.parameters() if parameter.requires_grad]
+    state_bytes = OPTIMIZER_STATES[optimizer] * sum(parameter.nbytes for parameter in trained)
 
     def used(images: int) -> int:
         return simulate(images).peak_bytes + simulate(images).input_bytes
 
-    step, weights = simulate(batch_size), _bytes(skeleton)
-    room = int(limit * (1 - headroom)) - weights - moments
+    step, weights = simulate(batch_size), _bytes(meta_model)
+    room = int(limit * (1 - headroom)) - weights - state_bytes
     return CostEstimate(
         method=method,
         batch_size=batch_size,
-        dtype=str(next(p.dtype for p in _base(skeleton).parameters() if p.is_floating_point())).removeprefix("torch."),
+        dtype=str(next(p.dtype for p in _base(meta_model).parameters() if p.is_floating_point())).removeprefix(
+            "torch."
+        ),
         trainable_values=sum(parameter.numel() for parameter in trained),
-        total_values=sum(parameter.numel() for parameter in skeleton.parameters()),
-        disk_bytes=safetensors_bytes(saved_tensors(skeleton)),
+        total_values=sum(parameter.numel() for parameter in meta_model.parameters()),
+        disk_bytes=safetensors_bytes(saved_tensors(meta_model)),
         forward_flops=step.forward_flops,
         step_flops=step.step_flops,
         weight_bytes=weights,
-        optimizer_bytes=moments,
+        optimizer_bytes=state_bytes,
         image_bytes=step.input_bytes,
         step_bytes=step.peak_bytes,
         memory_limit=limit,

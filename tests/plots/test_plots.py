@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from vpt_peft.cli.main import main
-from vpt_peft.training.plots import draw_curves, draw_tradeoff, find_runs, group_runs
+from vpt_peft.plots import draw_curves, draw_tradeoff, find_runs, group_runs
 
 
 def write_run(folder, accuracies, values=100, test=0.5, **record):

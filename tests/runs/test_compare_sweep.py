@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-import vpt_peft.training.runs as runs
+import vpt_peft.runs.trials as runs
 from vpt_peft.cli.main import main
+from vpt_peft.runs.grid import Range, folder_name, make_parser, parse_grid
 from vpt_peft.training.evaluation import evaluate_model
-from vpt_peft.training.grid import Range, folder_name, make_parser, parse_grid
 from vpt_peft.training.inference import load_adapter_model
 from vpt_peft.training.trainer import TrainingDiverged
 
@@ -110,7 +110,7 @@ def test_sweep_goes_on_where_it_broke_off(flags, out, monkeypatch, caplog, train
 
     monkeypatch.setattr(runs, "train", breaks)
     assert main(argv) == 130
-    assert "the same command goes on" in caplog.text
+    assert "the same command continues" in caplog.text
     assert len(read(out / "sweep_results.json")["rows"]) == 2 and not list(out.glob("*/test_results.json"))
     monkeypatch.setattr(runs, "train", counted)
     assert main(argv) == 0
@@ -201,7 +201,7 @@ def test_grid_of_flags():
         "--method", "vpt", "--learning_rate", "1e-3", "5e-3", "1e-3", "--weight_decay", "0", "1e-2", "--bf16"
     )
     assert grid.common == {"method": "vpt", "bf16": True} and grid.seeds == [42]
-    assert grid.cells() == [{"learning_rate": a, "weight_decay": b} for a in (1e-3, 5e-3) for b in (0.0, 1e-2)]
+    assert grid.trials() == [{"learning_rate": a, "weight_decay": b} for a in (1e-3, 5e-3) for b in (0.0, 1e-2)]
     grid = grid_of("--layers_to_transform", "0", "1", "--seed", "3", "4", "--share_prompts", "true", "false")
     assert grid.common == {"layers_to_transform": [0, 1]} and grid.seeds == [3, 4]
     assert grid.axes == {"share_prompts": [True, False]}
