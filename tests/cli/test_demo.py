@@ -38,16 +38,16 @@ def test_rows_are_those_of_the_table(result):
         ("embedded-mae", "vpt_shallow", head + shallow),
         ("embedded-mae", "gated_vpt", head + gated),
     ]
-    assert [(row.backbone, row.method, row.trained_values) for row in rows] == expected
-    assert all(0 < row.accuracy <= 1 and row.seconds > 0 for row in rows)
+    assert [(row.backbone, row.method, row.trainable_parameters) for row in rows] == expected
+    assert all(0 < row.score <= 1 and row.seconds > 0 for row in rows)
     # Chance is a tenth, and two steps leave it behind on the backbone trained with labels
-    assert rows[2].accuracy > 0.25
+    assert rows[2].score > 0.25
 
 
 def test_files(result):
     rows, folder = result
     written = json.loads((folder / "demo.json").read_text())
-    assert written["seed"] == 1 and written["rows"][2]["accuracy"] == rows[2].accuracy
+    assert written["seed"] == 1 and written["rows"][2]["accuracy"] == rows[2].score
     assert (folder / "demo.md").read_text() == demo.as_markdown(rows)
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= {
         path.name for path in (folder / "embedded-vpt").iterdir()
@@ -59,11 +59,11 @@ def test_files(result):
 
 def test_reload_is_a_proof(result):
     rows, folder = result
-    shown = demo.prove_reload(folder / "embedded-vpt", rows[2].accuracy, max_predict_samples=40)
+    shown = demo.prove_reload(folder / "embedded-vpt", rows[2].score, max_predict_samples=40)
     assert len(shown) == 30 and {item.label for item in shown} <= set(range(10))
-    assert sum(item.said == item.label for item in shown) > 3
+    assert sum(item.predicted == item.label for item in shown) > 3
     with pytest.raises(RuntimeError, match="loaded again, the adapter has accuracy"):
-        demo.prove_reload(folder / "embedded-vpt", rows[2].accuracy + 0.1, max_predict_samples=40)
+        demo.prove_reload(folder / "embedded-vpt", rows[2].score + 0.1, max_predict_samples=40)
 
 
 def test_markdown():
@@ -71,11 +71,12 @@ def test_markdown():
         demo.DemoRow("embedded", "vpt", 100, 0.9876, 8970, 12.34),
         demo.DemoRow("embedded-mae", "linear", 300, 0.5, 10, 1),
     ]
-    assert demo.as_markdown(rows).splitlines() == [
-        "| backbone     | method       | images | test accuracy | trained values | seconds |",
-        "| ------------ | ------------ | -----: | ------------: | -------------: | ------: |",
-        "| embedded     | VPT-deep     |    100 |         98.8% |          8,970 |    12.3 |",
-        "| embedded-mae | linear probe |    300 |         50.0% |             10 |     1.0 |",
+    header, rule, *lines = (line.strip("|").split("|") for line in demo.as_markdown(rows).splitlines())
+    assert [cell.strip() for cell in header] == list(demo.HEADINGS) and demo.HEADINGS[3] == "test accuracy"
+    assert [cell.endswith(":") for cell in rule] == [False, False, True, True, True, True]
+    assert [[cell.strip() for cell in line] for line in lines] == [
+        ["embedded", "VPT-deep", "100", "98.8%", "8,970", "12.3"],
+        ["embedded-mae", "linear probe", "300", "50.0%", "10", "1.0"],
     ]
 
 

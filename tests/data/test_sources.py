@@ -1,14 +1,11 @@
-import os
-import subprocess
-import sys
-import threading
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
+from hub_server import Refusal
+from huggingface_hub import HfApi
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -169,67 +166,41 @@ def test_a_file_is_not_a_folder(load, tmp_path):
         load(tmp_path / "x.zip")
 
 
-class Hub(BaseHTTPRequestHandler):
-    """Refuses every data set, each in the Hub's own way; keeps the tokens it was shown."""
+@pytest.mark.parametrize("refusal", [(404, "RepoNotFound"), (401, "RepoNotFound"), (403, "GatedRepo")])
+def test_hub_refusals_say_what_was_asked_and_the_ways_on(load, hub, monkeypatch, refusal):
+    def refuse(*args):
+        raise Refusal(*refusal)
 
-    refusals = {"missing": (404, "RepoNotFound"), "private": (401, "RepoNotFound"), "gated": (403, "GatedRepo")}
-    tokens: set = set()
-
-    def do_GET(self):
-        self.tokens.add(self.headers.get("Authorization"))
-        status, code = next((v for k, v in self.refusals.items() if k in self.path), (404, "EntryNotFound"))
-        self.send_response(status)
-        self.send_header("X-Error-Code", code)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    do_HEAD = do_GET
-
-    def log_message(self, *args):
-        pass
+    monkeypatch.setattr(hub, "answer", refuse)
+    with pytest.raises(DataNotFoundError, match="^dataset_name='me/data'") as caught:
+        load("me/data")
+    for way in (hub.url, "Check the id", "HF_TOKEN", "HF_HUB_OFFLINE", "local folder", "digits"):
+        assert way in str(caught.value)
+    assert ("gated dataset" in str(caught.value)) == (refusal[1] == "GatedRepo")
 
 
-def run_with_hub(endpoint, names, tmp_path, **environment):
-    """Ask for data sets in a process of its own, as the endpoint is fixed when huggingface_hub is imported."""
-    code = (
-        "import sys\nfrom vpt_peft.data.arguments import DataArguments\nfrom vpt_peft.data.images import DataNotFoundError\n"
-        "from vpt_peft.tasks.classification import TASK\n"
-        "for name in sys.argv[2:]:\n"
-        "    try: TASK.read(DataArguments(name), token='hf_wrong', cache_dir=sys.argv[1])\n"
-        "    except DataNotFoundError as error: print(error)\n"
-    )
-    return subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "cache"), *names],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-        env={**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), **environment},
-    ).stdout.splitlines()
+def test_offline_without_a_cached_copy(load, monkeypatch):
+    for name in ("huggingface_hub.constants.HF_HUB_OFFLINE", "datasets.config.HF_HUB_OFFLINE"):
+        monkeypatch.setattr(name, True)
+    with pytest.raises(DataNotFoundError, match="dataset_name='me/data'.*OfflineModeIsEnabled.*local folder"):
+        load("me/data")
 
 
-def test_hub_refusals_say_what_was_asked_and_the_ways_on(tmp_path):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    try:
-        lines = run_with_hub(endpoint, [f"me/{kind}" for kind in Hub.refusals], tmp_path)
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-    assert len(lines) == 3 and "Bearer hf_wrong" in Hub.tokens
-    for kind, line in zip(Hub.refusals, lines, strict=True):
-        assert line.startswith(f"dataset_name='me/{kind}'") and endpoint in line
-        for way in ("Check the id", "HF_TOKEN", "HF_HUB_OFFLINE", "local folder", "digits"):
-            assert way in line
-    assert "gated dataset" in lines[2]
-
-
-def test_offline_without_a_cached_copy(tmp_path):
-    (line,) = run_with_hub("http://127.0.0.1:9", ["me/data"], tmp_path, HF_HUB_OFFLINE="1")
-    assert "dataset_name='me/data'" in line and "OfflineModeIsEnabled" in line and "local folder" in line
+def test_data_of_the_hub(load, hub, tmp_path):
+    classes = datasets.ClassLabel(names=["a", "b"])
+    features = datasets.Features({"image": datasets.Image(), "label": classes})
+    for split, numbers in (("train", range(8)), ("test", range(8, 12))):
+        images = [Image.new("RGB", (4, 4), (number, 0, 0)) for number in numbers]
+        rows = datasets.Dataset.from_dict({"image": images, "label": [0, 1] * (len(numbers) // 2)}, features=features)
+        rows.to_parquet(tmp_path / "push" / "data" / f"{split}-00000-of-00001.parquet")
+    api = HfApi()
+    api.create_repo("user/data", repo_type="dataset", private=True)
+    api.upload_folder(repo_id="user/data", repo_type="dataset", folder_path=tmp_path / "push")
+    data = load("user/data")
+    assert sorted(image.getpixel((0, 0))[0] for image in data["test"]["image"]) == list(range(8, 12))
+    assert len(data["train"]) + len(data["validation"]) == 8 and data["train"].features["label"] == classes
+    with pytest.raises(DataNotFoundError, match="dataset_name='user/other'"):
+        load("user/other")
 
 
 @pytest.mark.parametrize(

@@ -25,12 +25,12 @@ from vpt_peft.training.evaluation import as_table, evaluate_model, predict_image
 from vpt_peft.training.inference import load_adapter_model, read_record
 
 
-pytest_plugins = ["training_fixtures", "hub_fixtures"]
+pytest_plugins = ["training_fixtures"]
 
 
-@pytest.fixture
-def trained(run):
-    metrics, out = run(method="vpt", num_virtual_tokens=3)
+@pytest.fixture(scope="module")
+def trained(finished):
+    metrics, out = finished(method="vpt", num_virtual_tokens=3)
     return metrics, out, *load_adapter_model(out)
 
 
@@ -108,7 +108,7 @@ def image_folder(root, names):
 
 
 def test_labels_are_matched_by_name(trained, tmp_path):
-    _, _, model, processor = trained
+    model, processor = load_adapter_model(trained[1])
     model.config.id2label = {**model.config.id2label, 0: "cat", 3: "dog"}
     data = DataArguments(dataset_name=str(image_folder(tmp_path / "pets", ["cat", "dog"])))
     found = evaluate_model(model, processor, data)
@@ -138,9 +138,8 @@ def test_folders_that_hold_no_adapter(tmp_path, content, message):
         load_adapter_model(tmp_path)
 
 
-def test_weights_of_another_shape_are_refused(run, tmp_path):
-    _, out = run(method="linear")
-    _, other = run(method="linear", output_dir=str(tmp_path / "other"))
+def test_weights_of_another_shape_are_refused(copied):
+    _, out = copied(method="linear")
     note = json.loads((out / "config.json").read_text())
     note["id2label"] = dict(list(note["id2label"].items())[:4])
     (out / "config.json").write_text(json.dumps(note))

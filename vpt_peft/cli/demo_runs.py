@@ -11,6 +11,7 @@ from typing import Any
 from ..data.arguments import DataArguments
 from ..data.images import to_rgb
 from ..files import write_json
+from ..reporting import markdown_table
 from ..tasks import get_task
 from ..training.arguments import parse_args
 from ..training.evaluation import evaluate_model
@@ -144,7 +145,7 @@ def run_demo(output_dir: str | Path, seed: int = 0, flags: Mapping[str, Any] | N
 
 
 def as_markdown(rows: Sequence[DemoRow]) -> str:
-    """The rows as a markdown table that is aligned as plain text too."""
+    """Return the rows as a markdown table."""
     cells = [
         (
             r.backbone,
@@ -156,17 +157,7 @@ def as_markdown(rows: Sequence[DemoRow]) -> str:
         )
         for r in rows
     ]
-    widths = [max(len(line[column]) for line in (HEADINGS, *cells)) for column in range(len(HEADINGS))]
-    rule = [f"{'-' * (width - 1)}{':' if column > 1 else '-'}" for column, width in enumerate(widths)]
-
-    def line(values: Sequence[str]) -> str:
-        padded = (
-            value.rjust(width) if column > 1 else value.ljust(width)
-            for column, (value, width) in enumerate(zip(values, widths, strict=True))
-        )
-        return f"| {' | '.join(padded)} |\n"
-
-    return "".join(map(line, (HEADINGS, rule, *cells)))
+    return markdown_table([dict(zip(HEADINGS, line, strict=True)) for line in cells], left=HEADINGS[:2])
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ class CardFacts:
         data_name: likewise.
         data_on_hub: whether `data_name` is a data set of the Hub.
         snippet: code that loads the folder; a line `adapter = "..."` says from where.
+        loading_note: markdown, what else loads it; may be empty.
         results: in the order shown.
         classes: their names in order.
         protocol: remaining fields of the template about data, parameters and seed.
@@ -71,6 +72,7 @@ class CardFacts:
     data_name: str
     data_on_hub: bool
     snippet: str
+    loading_note: str
     results: Sequence[Result]
     classes: Sequence[str]
     protocol: Mapping[str, Any]
@@ -100,6 +102,7 @@ def build_card(facts: CardFacts) -> ModelCard:
         data_name=facts.data_name,
         method=facts.method,
         snippet=facts.snippet.rstrip(),
+        loading_note=facts.loading_note,
         results=[(result.split, result.title, result.text) for result in facts.results],
         classes=list(facts.classes),
         size=_size(processor),

@@ -63,6 +63,7 @@ class Task(Protocol):
         best_metric: the metric that chooses the best weights.
         label_names: keys of the targets in a batch, as `TrainingArguments.label_names`.
         limits: what a card says such a model cannot do.
+        example: code of a card that prints what `model` and `processor` make of `image`.
     """
 
     pipeline_tag: str
@@ -71,6 +72,7 @@ class Task(Protocol):
     best_metric: str
     label_names: tuple[str, ...]
     limits: str
+    example: str
 
     @property
     def higher_is_better(self) -> bool:

@@ -139,6 +139,10 @@ class ImageClassification:
     best_metric = "accuracy"
     higher_is_better = True
     label_names = ("labels",)
+    example = (
+        'logits = model(**processor(images=image, return_tensors="pt")).logits\n'
+        "print(model.config.id2label[logits.argmax(-1).item()])"
+    )
     limits = "The model knows only the classes above and gives every image one of them."
 
     def read(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from ..embedded import EMBEDDED_FOLDERS
@@ -14,6 +15,7 @@ from ..reporting import SPLITS
 from ..reporting.card import CardFacts, Result, add_results
 from ..tasks import Task, get_task
 from .arguments import Arguments, MethodArguments, VPTTrainingArguments
+from .checkpoints import labels_of_adapter
 from .inference import read_record
 from .model import ParameterCounts
 
@@ -29,6 +31,7 @@ def gather_facts(
     classes: Mapping[int, str],
     images: Mapping[str, int],
     image_processor: Any,
+    model_class: str,
     saved_bytes: int,
 ) -> CardFacts:
     """Return the facts for the card of a finished run.
@@ -40,6 +43,7 @@ def gather_facts(
         classes: names by number.
         images: number of images per split.
         image_processor: the one used.
+        model_class: name of the base model's class in transformers.
         saved_bytes: size of the saved weights.
     """
     task = get_task(arguments.model.task)
@@ -60,7 +64,8 @@ def gather_facts(
         base_name=_public_name(arguments.model.model_name_or_path),
         data_name=data_name,
         data_on_hub=not local_data and data.dataset_name != "digits",
-        snippet=_snippet(arguments, task, str(output_dir)),
+        snippet=_snippet(arguments, task, output_dir, model_class),
+        loading_note=_loading_note(task, output_dir),
         results=_results(task, metrics),
         classes=list(classes.values()),
         protocol={
@@ -114,31 +119,54 @@ def _hyper_parameters(arguments: Arguments) -> dict[str, Any]:
     return {"method": arguments.method.method, "recipe": arguments.method.recipe, **shown}
 
 
-def _snippet(arguments: Arguments, task: Task, adapter: str) -> str:
+def _snippet(arguments: Arguments, task: Task, folder: Path, model_class: str) -> str:
+    """Return code that loads the folder and predicts an image, as it can be pasted."""
     method, base = arguments.method.method, arguments.model.model_name_or_path
-    auto_class = task.auto_class.__name__
-    target = f"adapter = {json.dumps(adapter)}  # this folder or its Hub id\n"
-    image = 'image = Image.new("RGB", (224, 224))  # or Image.open("your.jpg").convert("RGB")\n'
+    embedded = base in EMBEDDED_FOLDERS
+    target = f"adapter = {json.dumps(str(folder))}  # this folder or its Hub id\n"
     use = (
-        "with torch.no_grad():\n"
-        '    logits = model(**processor(images=image, return_tensors="pt")).logits\n'
-        "print(model.config.id2label[logits.argmax(-1).item()])\n"
+        'image = Image.new("RGB", (224, 224))  # or Image.open("your.jpg").convert("RGB")\n'
+        f"with torch.no_grad():\n{indent(task.example, '    ')}\n"
     )
     if method not in (*PROMPT_METHODS, "lora"):
         return (
             "import torch\nfrom PIL import Image\nfrom vpt_peft.training.inference import load_adapter_model\n\n"
-            f"{target}model, processor = load_adapter_model(adapter)\n{image}{use}"
+            f"{target}model, processor = load_adapter_model(adapter)\n{use}"
         )
     registers = "import vpt_peft  # registers the method with PEFT\n" if method in PROMPT_METHODS else ""
-    located = f"embedded_path({json.dumps(base)})" if base in EMBEDDED_FOLDERS else json.dumps(base)
-    packaged = "from vpt_peft.embedded import embedded_path\n" if base in EMBEDDED_FOLDERS else ""
+    packaged = "from vpt_peft.embedded import embedded_path\n" if embedded else ""
+    located = f"embedded_path({json.dumps(base)})" if embedded else json.dumps(base)
+    has_labels = labels_of_adapter(folder) is not None
+    auto_class = model_class if embedded else task.auto_class.__name__
+    if has_labels and not embedded:
+        imported, classes = "AutoPeftModel", "AutoImageProcessor"
+        load = "model = AutoPeftModel.from_pretrained(adapter, dtype=torch.float32).eval()\n"
+    elif has_labels:
+        imported, classes = "PeftModel", f"AutoImageProcessor, {auto_class}"
+        load = (
+            f"base = {auto_class}.from_pretrained({located}, dtype=torch.float32)\n"
+            "model = PeftModel.from_pretrained(base, adapter).eval()\n"
+        )
+    else:
+        imported, classes = "PeftModel", f"AutoConfig, AutoImageProcessor, {auto_class}"
+        load = (
+            "config = AutoConfig.from_pretrained(adapter)  # with the names of the classes\n"
+            f"base = {auto_class}.from_pretrained(\n"
+            f"    {located}, config=config, dtype=torch.float32, ignore_mismatched_sizes=True\n)\n"
+            "model = PeftModel.from_pretrained(base, adapter).eval()\n"
+        )
     return (
-        "import torch\nfrom peft import PeftModel\nfrom PIL import Image\n"
-        f"from transformers import AutoConfig, AutoImageProcessor, {auto_class}\n\n"
-        f"{registers}{packaged}\n{target}"
-        "config = AutoConfig.from_pretrained(adapter)  # with the names of the classes\n"
-        f"base = {auto_class}.from_pretrained(\n"
-        f"    {located}, config=config, dtype=torch.float32, ignore_mismatched_sizes=True\n)\n"
-        "model = PeftModel.from_pretrained(base, adapter).eval()\n"
-        f"processor = AutoImageProcessor.from_pretrained(adapter)\n{image}{use}"
+        f"import torch\nfrom peft import {imported}\nfrom PIL import Image\nfrom transformers import {classes}\n\n"
+        f"{registers}{packaged}\n{target}{load}processor = AutoImageProcessor.from_pretrained(adapter)\n{use}"
+    )
+
+
+def _loading_note(task: Task, folder: Path) -> str:
+    """Return how else an adapter loads, and how the image processor that was used gets in."""
+    if not (folder / "adapter_config.json").is_file() or labels_of_adapter(folder) is None:
+        return ""
+    return (
+        f"`{task.auto_class.__name__}.from_pretrained(adapter)` loads it too, and so does "
+        f'`pipeline("{task.pipeline_tag}", adapter, image_processor=adapter)`. Without `image_processor`, `pipeline` '
+        "takes the one of the base model."
     )

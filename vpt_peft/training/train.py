@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, set_seed
 
 from ..files import written_beside
-from ..methods.structure import Classifier
+from ..methods.structure import Classifier, base_model
 from ..reporting.card import write_card
 from ..tasks import Task, get_task
 from .arguments import Arguments, MethodArguments, VPTTrainingArguments
@@ -131,7 +131,9 @@ def train(arguments: Arguments, with_test: bool = True) -> dict[str, float]:
         trainer.save_state()
 
     if trainer.is_world_process_zero():
-        write_card(gather_facts(arguments, counts, metrics, classes, images, processor, saved_bytes), output_dir)
+        model_class = type(base_model(trained)).__name__
+        facts = gather_facts(arguments, counts, metrics, classes, images, processor, model_class, saved_bytes)
+        write_card(facts, output_dir)
     return metrics
 
 
