@@ -40,7 +40,7 @@ class Arguments:
 
 
 @torch.no_grad()
-def glyph_accuracy(model: ViTForImageClassification, bank: GlyphBank, batches: int = 16) -> float:
+def share_right(model: ViTForImageClassification, bank: GlyphBank, batches: int = 16) -> float:
     """Share of freshly drawn glyphs of `bank` whose class the model names, a number from 0 to 1."""
     model.eval()
     stream = islice(GlyphSampler(bank, seed=12345), batches)
@@ -52,7 +52,7 @@ def main() -> None:
     """Draw the bank, train, score on the held-out font, save the bare encoder."""
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    # Numbers too small for the normal range slow a CPU down tenfold.
+    # Denormal numbers slow a CPU down tenfold.
     torch.set_flush_denormal(True)
     clock = Clock()
     set_seed(args.seed)
@@ -85,13 +85,13 @@ def main() -> None:
         schedule.step()
         optimizer.zero_grad()
         if step % 100 == 0 or step == args.steps - 1:
-            accuracy = (logits.argmax(-1) == labels).float().mean().item()
-            logger.info("step %d loss %.3f accuracy %.3f, %s", step, loss.item(), accuracy, clock)
+            right = (logits.argmax(-1) == labels).float().mean().item()
+            logger.info("step %d loss %.3f right %.3f, %s", step, loss.item(), right, clock)
         if step % 1000 == 999 or step == args.steps - 1:
             save_backbone(model.vit.state_dict(), Path(args.output_dir), pretraining="supervised")
 
-    seen_accuracy, unseen_accuracy = glyph_accuracy(model, seen), glyph_accuracy(model, unseen)
-    logger.info("glyph accuracy: seen fonts %.4f, held-out font %.4f; %s", seen_accuracy, unseen_accuracy, clock)
+    of_seen, of_unseen = share_right(model, seen), share_right(model, unseen)
+    logger.info("glyphs named right: seen fonts %.4f, held-out font %.4f; %s", of_seen, of_unseen, clock)
 
 
 if __name__ == "__main__":

@@ -286,6 +286,16 @@ def test_adapter_folder_and_command(run_training, tmp_path, capsys):
     assert shown.items() <= metadata["preprocessing"].items()
 
 
+def test_the_command_checks_the_target_before_it_loads(tmp_path, monkeypatch):
+    monkeypatch.setattr("vpt_peft.training.inference.local_folder", lambda *_: pytest.fail("looked for the adapter"))
+    for flags, message in (
+        (["--format", "torch", "--opset", "18"], "opset=18.*torch"),
+        (["--image_size", "0"], "image_size=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(["user/adapter", str(tmp_path / "a"), *flags])
+
+
 @pytest.fixture
 def run_training(make_arguments):
     from vpt_peft.training.train import train
@@ -310,9 +320,8 @@ def run_training(make_arguments):
         ({"image_size": (32, 32, 3)}, ValueError, "image_size"),
         ({"image_size": 32.5}, TypeError, "image_size=32.5"),
         ({"image_size": 4}, ValueError, "image_size"),
-        ({"model_or_folder": nn.Linear(2, 2)}, TypeError, "Linear"),
-        ({"model_or_folder": "no/such-adapter"}, OSError, "no/such-adapter"),
-        ({"revision": "main"}, TypeError, "revision"),
+        ({"model": nn.Linear(2, 2)}, TypeError, "Linear"),
+        ({"model": "out/adapter"}, TypeError, "model is a str.*`vpt-peft export` takes the folder"),
         ({"output": "file/model"}, NotADirectoryError, "'file' is a file"),
         ({"output": "file/deeper/model"}, NotADirectoryError, "'file' is a file"),
     ],
@@ -323,7 +332,7 @@ def test_bad_input(given: dict[str, Any], error: type[Exception], message: str, 
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("")
     with pytest.raises(error, match=message):
-        export_model(**{"model_or_folder": prompted(), "output": "model", **given})
+        export_model(**{"model": prompted(), "output": "model", **given})
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

@@ -98,3 +98,44 @@ def test_what_cannot_be_drawn_is_one_line(folder, tmp_path, capsys):
     (folder / "a" / "all_results.json").write_text("{")
     assert main(["plot", str(folder)]) == 2
     assert "all_results.json is not valid JSON" in capsys.readouterr().err
+
+
+def test_any_metric_is_drawn(tmp_path):
+    """Runs of a task whose metric is no share; the metric is named by the run's arguments, else by its results."""
+    for seed, values in enumerate(([4.0, 2.0], [6.0, 2.5])):
+        write_run(tmp_path / f"{seed}", values, test=1.5, method="vpt", seed=seed)
+        for name in ("all_results.json", "trainer_state.json"):
+            path = tmp_path / f"{seed}" / name
+            text = path.read_text().replace("eval_accuracy", "eval_rmse").replace("test_accuracy", "test_rmse")
+            path.write_text(text.replace('"trainable', '"eval_loss": 0.1, "eval_samples": 9, "trainable'))
+    groups = group_runs(find_runs([tmp_path]))
+    axes = panels(2)
+    draw_curves(groups, axes)
+    assert axes[1].get_ylabel() == "validation rmse"
+    assert list(axes[1].get_lines()[0].get_ydata()) == pytest.approx([5, 2.25])
+    (axis,) = panels(1)
+    draw_tradeoff(groups, [axis])
+    assert axis.get_ylabel() == "test rmse" and axis.containers[0][0].get_ydata()[0] == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [("macro_f1", "macro_f1"), ("eval_macro_f1", "macro_f1"), ("loss", "accuracy"), (None, "accuracy")],
+)
+def test_the_metric_is_the_one_that_chose_the_weights(tmp_path, chosen, expected):
+    write_run(tmp_path / "a", [0.5], method="vpt", **({"metric_for_best_model": chosen} if chosen else {}))
+    path = tmp_path / "a" / "all_results.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eval_macro_f1": 0.25, "eval_loss": 3.0}))
+    (run,) = find_runs([tmp_path])
+    assert run.metric == expected
+
+
+def test_runs_of_different_metrics_are_not_mixed(folder, tmp_path, capsys):
+    write_run(folder / "d", [0.1], method="full", seed=0)
+    path = folder / "d" / "all_results.json"
+    path.write_text(path.read_text().replace("eval_accuracy", "eval_mean_iou"))
+    assert main(["plot", str(folder), "--output_file", str(tmp_path / "a.png")]) == 2
+    assert "different metrics (accuracy, mean_iou)" in capsys.readouterr().err
+    path.write_text('{"trainable_parameters": 3}')
+    assert main(["plot", str(folder), "--output_file", str(tmp_path / "a.png")]) == 2
+    assert "holds no validation metric" in capsys.readouterr().err

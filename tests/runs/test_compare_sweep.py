@@ -118,6 +118,32 @@ def test_sweep_goes_on_where_it_broke_off(flags, out, monkeypatch, caplog, train
     assert len(read(out / "sweep_results.json")["rows"]) == 4
 
 
+def test_a_comparison_that_grows_trains_only_what_is_new(flags, out, capsys, trained):
+    argv = ["compare", *flags, "--method"]
+    assert main([*argv, "linear", "bias"]) == 0
+    assert main([*argv, "mlp", "linear", "bias"]) == 0
+    names = [name for name, _ in trained]
+    assert sorted(names[:2]) == ["method=bias", "method=linear"] and names[2:] == ["method=mlp"]
+    assert [row["settings"]["method"] for row in read(out / "compare_results.json")["rows"]] == [
+        "mlp",
+        "linear",
+        "bias",
+    ]
+    table = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert table[-3:] == ["mlp", "linear", "bias"]
+
+
+def test_sweep_by_the_loss_takes_the_lowest(flags, out, capsys):
+    argv = ["sweep", *flags, "--method", "linear", "--max_steps", "24", "--learning_rate", "1e-5", "1e-2"]
+    assert main([*argv, "--metric_for_best_model", "loss"]) == 0
+    results = read(out / "sweep_results.json")
+    losses = [row["metrics"][0]["eval_loss"] for row in results["rows"]]
+    assert losses[0] < losses[1] and results["metric"] == "loss" and results["best"] == {"learning_rate": 1e-2}
+    header = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("|"))
+    titles = [cell.strip() for cell in header.strip("|").split("|")]
+    assert titles == ["learning_rate", "runs", "validation loss", "seconds"]
+
+
 def test_a_run_that_was_killed_is_resumed(flags, out, trained):
     argv = ["compare", *flags, "--method", "linear", "--num_virtual_tokens", "1", "2"]
     assert main(argv) == 0

@@ -15,11 +15,11 @@ def run(argv: Sequence[str]) -> int:
 
     from ..runs.compare import compare
     from ..runs.grid import make_parser, parse_grid
-    from ..runs.table import test_results, trials_table
+    from ..runs.table import tested_metrics, trials_table
 
     parser = make_parser("vpt-peft compare", "Train methods or settings on the same data with the same seeds.")
     trials, metric = compare(parse_grid(parser, argv))
     if PartialState().is_main_process:
-        results = [metric, *test_results(trials), "trainable_parameters", "train_runtime"]
+        results = [metric, *tested_metrics(trials), "trainable_parameters", "train_runtime"]
         sys.stdout.write(trials_table(trials, results))
     return 0 if any(trial.metrics for trial in trials) else 2

@@ -17,7 +17,7 @@ def run(argv: Sequence[str]) -> int:
     from ..runs.grid import make_parser, parse_grid
     from ..runs.study import SAMPLERS
     from ..runs.sweep import sweep
-    from ..runs.table import test_results, trials_table
+    from ..runs.table import tested_metrics, trials_table
 
     parser = make_parser(
         "vpt-peft sweep",
@@ -36,6 +36,6 @@ def run(argv: Sequence[str]) -> int:
     if PartialState().is_main_process:
         sys.stdout.write(trials_table(trials, list(dict.fromkeys([score, "eval_loss", "train_runtime"]))))
         if best is not None:
-            test = trials_table([best], test_results([best]))
+            test = trials_table([best], tested_metrics([best]))
             sys.stdout.write(f"\nBest: {describe(best.settings)}; saved in {', '.join(best.folders)}\n\n{test}")
     return 0 if best is not None else 2

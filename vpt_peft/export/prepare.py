@@ -58,7 +58,7 @@ def float_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def merge_prompts(model: nn.Module, adapter: str) -> None:
-    """Deep prompts as constant keys and values, made anew where they were merged in another dtype."""
+    """Make deep prompts constant keys and values, again where they were merged in another dtype."""
     store = find_store(model)
     for layer in store.layers if store is not None else ():
         layer.unmerge_prompts()

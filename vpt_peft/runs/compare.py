@@ -27,7 +27,7 @@ def compare(grid: Grid) -> tuple[list[Trial], str]:
     """
     import_optuna()
     order = grid.trials()
-    training = [parse_run(grid, settings, grid.seeds[0]).training for settings in order][0]
+    training, *_ = [parse_run(grid, settings, grid.seeds[0]).training for settings in order]
     metric = f"eval_{str(training.metric_for_best_model).removeprefix('eval_')}"
     path = claim_folder(grid, COMPARE_RESULTS)
     done: dict[int, Trial] = {}

@@ -31,6 +31,11 @@ class Range:
     high: float
     whole: bool
 
+    @property
+    def first(self) -> float:
+        """The lower end, as the flag's type."""
+        return int(self.low) if self.whole else self.low
+
     def __str__(self) -> str:
         return f"{self.low:g}:{self.high:g}"
 
@@ -65,6 +70,10 @@ class Grid:
                 )
             choices.append(values)
         return [dict(zip(self.axes, values, strict=True)) for values in product(*choices)]
+
+    def example(self) -> dict[str, Any]:
+        """Return the settings of one trial: the first value of every axis."""
+        return {name: axis.first if isinstance(axis, Range) else axis[0] for name, axis in self.axes.items()}
 
     @property
     def output_dir(self) -> Path:

@@ -130,5 +130,5 @@ def _suggest(trial: Any, name: str, axis: list | Range) -> Any:
     if not isinstance(axis, Range):
         return trial.suggest_categorical(name, axis)
     if axis.whole:
-        return trial.suggest_int(name, int(axis.low), int(axis.high), log=axis.low > 0)
+        return trial.suggest_int(name, axis.first, int(axis.high), log=axis.low > 0)
     return trial.suggest_float(name, axis.low, axis.high, log=axis.low > 0)

@@ -51,7 +51,7 @@ def sweep(grid: Grid, sampler: str = "grid", num_trials: int | None = None) -> t
         raise ValueError(f"num_settings={num_trials} must be at least 1.")
     for settings in grid.trials() if sampler == "grid" or not grid.has_ranges else []:
         parse_run(grid, settings, grid.seeds[0])
-    training = parse_run(grid, {}, grid.seeds[0]).training
+    training = parse_run(grid, grid.example(), grid.seeds[0]).training
     metric, maximize = str(training.metric_for_best_model).removeprefix("eval_"), bool(training.greater_is_better)
     score = f"eval_{metric}"
     path = claim_folder(grid, SWEEP_RESULTS)

@@ -32,7 +32,7 @@ def trials_table(trials: Sequence[Trial], results: Sequence[str]) -> str:
     return markdown_table(rows, left=[*trials[0].settings, "failed"])
 
 
-def test_results(trials: Sequence[Trial]) -> list[str]:
+def tested_metrics(trials: Sequence[Trial]) -> list[str]:
     """Return the names of the test metrics that the trials have."""
     everything: dict[str, Any] = {
         name: value for trial in trials for run in trial.metrics for name, value in run.items()
