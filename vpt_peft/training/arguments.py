@@ -263,7 +263,8 @@ def parse_args(argv: Sequence[str] | Mapping[str, Any]) -> Arguments:
     except TypeError as error:
         raise ValueError(f"{error} (see vpt-peft train --help)") from error
     if method.base_learning_rate is not None and "learning_rate" not in given:
-        training.learning_rate = scaled_learning_rate(method.base_learning_rate, training)
+        images = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+        training.learning_rate = scaled_learning_rate(method.base_learning_rate, images)
     return Arguments(model, data, method, training, given)
 
 

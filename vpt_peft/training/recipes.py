@@ -6,13 +6,10 @@ Sources: Jia et al. 2022, arXiv 2203.12119 (vpt_paper); Yoo et al. 2023, arXiv 2
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..methods import PROMPT_METHODS
 
-
-if TYPE_CHECKING:
-    from .arguments import VPTTrainingArguments
 
 RECIPES = ("default", "vpt_paper", "gpt_paper")
 
@@ -99,7 +96,6 @@ def _paper_recipe(given: Mapping[str, Any], method: str, recipe: str) -> dict[st
     return values
 
 
-def scaled_learning_rate(base_learning_rate: float, training: VPTTrainingArguments) -> float:
-    """The linear scaling rule of the VPT paper: base rate times images per optimizer step over 256."""
-    images = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+def scaled_learning_rate(base_learning_rate: float, images: int) -> float:
+    """Return the rate by the linear scaling rule of the VPT paper: base rate times images per optimizer step over 256."""
     return base_learning_rate * images / 256
