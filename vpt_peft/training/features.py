@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import nn
 from torch.func import functional_call
 
-from ..encoder.trace import shaken
+from ..encoder.trace import perturbed
 from ..methods import PROMPT_METHODS
 from ..methods.structure import Classifier, base_model, find_blocks, find_head
 from .arguments import MethodArguments
@@ -121,7 +121,7 @@ class CachedForward:
             ValueError: they differ, so this model's blocks cannot be skipped.
         """
         self.model.eval()
-        head = shaken(split_trainable(self.model)["head"].items())
+        head = perturbed(split_trainable(self.model)["head"].items())
         expected = functional_call(self.model, head, kwargs={"pixel_values": pixel_values}).logits
         try:
             logits = functional_call(self.model, head, kwargs={FEATURES: features}).logits

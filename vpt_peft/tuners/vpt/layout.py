@@ -1,7 +1,8 @@
-"""What each block does with the prompts of one adapter, derived from its configuration and the encoder."""
+"""Layout: what each block does with the prompts of one adapter, made once when the adapter is attached."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vpt_peft.encoder import EncoderError, EncoderSpec
@@ -10,27 +11,28 @@ from .config import PIXEL_LOCATIONS, VPTConfig
 
 
 @dataclass(frozen=True)
-class Role:
-    """The part one block plays for one adapter.
+class BlockLayout:
+    """What one block does with the prompts of one adapter.
 
     Args:
-        mode: "kv" (prompts are keys and values), "token" (they stand in the sequence), "side" (they run beside the
-            windows), "add" (they are added to the tokens) or `None` (the block sees nothing of the adapter).
-        source: Key of the prompts it uses in the adapter's set, `None` if prompts flow in from the block before.
-        keeps_output: What the block makes of the prompts is needed, by the next block or by the head.
-        gated: A gate mixes the prompts' outputs with their inputs.
-        temperature: The block's attention has a learnable temperature.
+        mode: "kv" (prompts are keys and values), "token" (they stand in the sequence), "window" (they run beside the
+            windows) or "add" (they are added to the tokens).
+        source: Key of the block's own prompts in the adapter's set; `None` if prompts flow in from the block before.
+        passes_on: The next block or the head needs what this block makes of the prompts.
     """
 
-    mode: str | None = None
+    mode: str
     source: str | None = None
-    keeps_output: bool = False
-    gated: bool = False
-    temperature: bool = False
+    passes_on: bool = False
 
     @property
-    def idle(self) -> bool:
-        return self.mode is None and not self.temperature
+    def needs_hooks(self) -> bool:
+        """The block's input or output changes; keys and values of its own reach the attention by themselves."""
+        return self.mode != "kv" or self.source is None
+
+
+# One entry per block; `None` where the block sees nothing of the adapter
+Layout = tuple[BlockLayout | None, ...]
 
 
 def prompted_blocks(config: VPTConfig, spec: EncoderSpec) -> list[int]:
@@ -55,75 +57,67 @@ def prompted_blocks(config: VPTConfig, spec: EncoderSpec) -> list[int]:
     return sorted(depth - 1 - layer for layer in chosen) if config.layers_from_end else chosen
 
 
-def gated_blocks(config: VPTConfig, spec: EncoderSpec) -> list[int]:
-    """Indices of the blocks whose prompt outputs pass a gate: the first `num_gates`, never the last block.
+def make_layout(config: VPTConfig, spec: EncoderSpec, read: Sequence[bool] | None = None) -> Layout:
+    """What each block does for one adapter.
 
-    Raises:
-        ValueError: More gates than blocks after which a gate has a meaning.
-    """
-    if getattr(config, "gate", "none") == "none":
-        return []
-    most = len(spec.blocks) - 1
-    wanted = getattr(config, "num_gates", None)
-    if wanted is not None and wanted > most:
-        raise ValueError(f"num_gates={wanted} is more than the {most} blocks that have a block behind them.")
-    return list(range(most if wanted is None else wanted))
-
-
-def make_roles(config: VPTConfig, spec: EncoderSpec) -> list[Role]:
-    """The role of every block of the encoder for one adapter.
+    Args:
+        config: The adapter's configuration.
+        spec: The encoder.
+        read: For each block whether anything reads its output; blocks that nothing reads get no prompts.
 
     Raises:
         EncoderError: The encoder's blocks cannot do what the configuration asks of them.
-        ValueError: A block index or a number of gates is out of range.
+        ValueError: A block index is out of range.
     """
-    own, gates = prompted_blocks(config, spec), gated_blocks(config, spec)
-    temperature = bool(getattr(config, "attention_temperature", False))
-    first = str(min(own)) if own else None
-    last = len(spec.blocks) - 1
-    if config.prompt_location in ("add", "add_shared"):
-        return [
-            Role("add", first if config.share_prompts else str(index)) if index in own else Role()
-            for index in range(last + 1)
-        ]
-    roles, present = [], False
-    for index in range(last + 1):
+    own = prompted_blocks(config, spec)
+    depth = len(spec.blocks) if read is None else max(i for i, is_read in enumerate(read) if is_read) + 1
+    own = [index for index in own if index < depth]
+    first = str(own[0]) if own else None
+    layout: list[BlockLayout | None] = [None] * len(spec.blocks)
+    present = False
+    for index in range(depth):
         owns = index in own
+        source = (first if config.share_prompts else str(index)) if owns else None
+        if config.prompt_location in ("add", "add_shared"):
+            layout[index] = BlockLayout("add", source) if owns else None
+            continue
         present = owns or (present and config.propagate)
         if not present:
-            roles.append(Role(temperature=temperature))
             continue
-        if index == last:
-            needed = config.reads_prompts
+        if index + 1 == len(spec.blocks):
+            passes_on = config.reads_prompts
         else:
-            needed = config.propagate and index + 1 not in own
-        source = (first if config.share_prompts else str(index)) if owns else None
-        mode = _mode(config, spec, index, needed)
-        roles.append(Role(mode, source, needed, needed and index in gates, temperature))
-    return roles
+            passes_on = config.propagate and index + 1 < depth and index + 1 not in own
+        layout[index] = BlockLayout(_mode(config, spec, index, passes_on), source, passes_on)
+    return tuple(layout)
+
+
+def own_blocks(layout: Layout) -> list[int]:
+    """Indices of the prompts in an adapter's set: the blocks with prompts of their own, the first if they are shared."""
+    return sorted({int(block.source) for block in layout if block is not None and block.source is not None})
 
 
 def _mode(config: VPTConfig, spec: EncoderSpec, index: int, needed: bool) -> str:
     block = spec.blocks[index]
-    has_maps = block.attention.key is not None
+    is_known = block.attention.key is not None
     if config.implementation == "kv" and needed:
         raise EncoderError(
             f"implementation='kv' cannot give what block {index} makes of the prompts, which this configuration needs "
             "(prompts flow on, or the head reads them); use implementation='auto'."
         )
-    if not needed and config.implementation != "token" and has_maps:
+    if not needed and config.implementation != "token" and is_known:
         return "kv"
     if block.takes_tokens:
         if config.implementation == "kv":
             raise EncoderError(
-                f"implementation='kv': it is not known which maps make the keys and values of block {index} "
-                f"({block.path}); use implementation='auto', which runs the prompts as tokens there."
+                f"implementation='kv': which layers make the keys and values of block {index} ({block.path}) is "
+                "not known; use implementation='auto', which runs the prompts as tokens there."
             )
         return "token"
     if block.windowed and block.tail and not spec.special and block.attention.query is not None:
         if block.attention.uses_interface and config.implementation != "token":
-            return "side"
-    reason = block.no_tokens_reason or "it is not known which maps make its keys and values"
+            return "window"
+    reason = block.no_tokens_reason or "which of its layers make keys and values is not known"
     raise EncoderError(
         f"prompts cannot run as tokens through block {index} ({block.path}) of this encoder: {reason}. Use deep prompts "
         "as keys and values (deep=True, implementation='auto', no pooling over prompts)."
@@ -137,7 +131,7 @@ def check_config(config: VPTConfig, spec: EncoderSpec) -> None:
         EncoderError: The encoder lacks what the configuration needs.
         ValueError: An index is out of range.
     """
-    make_roles(config, spec)
+    make_layout(config, spec)
     where = config.prompt_location
     if where in PIXEL_LOCATIONS and (spec.patch_embedding is None or spec.image_size is None):
         raise EncoderError(
@@ -147,8 +141,6 @@ def check_config(config: VPTConfig, spec: EncoderSpec) -> None:
         raise EncoderError(f"prompt_location='add' needs one sequence of tokens: {spec.blocks[0].no_tokens_reason}.")
     if config.project_patches and not spec.blocks[0].takes_tokens:
         raise EncoderError(f"project_patches needs one sequence of tokens: {spec.blocks[0].no_tokens_reason}.")
-    if getattr(config, "attention_temperature", False) and any(b.attention.key is None for b in spec.blocks):
-        raise EncoderError("attention_temperature needs attention that is known; set attention_temperature=False.")
     if (config.pooling is not None or config.token_type == "class") and spec.final_norm is None:
         raise EncoderError(
             f"pooling={config.pooling!r}, token_type={config.token_type!r}: this encoder has no final norm over all its "

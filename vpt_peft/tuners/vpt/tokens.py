@@ -1,4 +1,4 @@
-"""Prompt tokens in a block's sequence: in after the special tokens, out again, and everything that counts tokens."""
+"""Prompt tokens in a block's sequence: in after the prefix tokens, out again, and everything that counts tokens."""
 
 from __future__ import annotations
 
@@ -67,11 +67,6 @@ def _widen_table(value: Any, tokens: int, position: int, count: int) -> Any:
         dim = next((d for d, size in enumerate(value.shape) if size == tokens), None)
         return value if dim is None else insert_columns(value, dim, position, count, 1.0)
     return value
-
-
-def is_collected() -> bool:
-    """Whether transformers collects hidden states or attentions of the forward pass that runs, as far as can be known."""
-    return _active_collector is None or bool(_active_collector.get())
 
 
 def keep_initial_hidden_state(hidden: torch.Tensor) -> None:
