@@ -214,18 +214,3 @@ def check_heads(model: nn.Module, names: Iterable[str]) -> None:
             "model is quantised (modules_to_not_convert, for bitsandbytes llm_int8_skip_modules), or pass "
             "modules_to_save=[]."
         )
-
-
-def check_endings(adapter_names: Iterable[str], names: Iterable[str]) -> None:
-    """Check that PEFT, which looks for modules to train by the ends of their paths, takes no adapter for one.
-
-    Raises:
-        ValueError: An adapter's name ends like a module to train.
-    """
-    for adapter in dict.fromkeys(adapter_names):
-        alike = [name for name in names if adapter.endswith(name)]
-        if alike:
-            raise ValueError(
-                f"adapter_name={adapter!r} ends with {alike[0]!r}, one of modules_to_save, and PEFT would take the adapter "
-                "for that module; choose another name for the adapter."
-            )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,10 +14,20 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from vpt_peft.active import mixed_batch
-from vpt_peft.encoder import EncoderSpec, find_encoder, submodule
-from vpt_peft.heads import find_task_head
+from vpt_peft.encoder import EncoderSpec, find_encoder, read_blocks, submodule
+from vpt_peft.heads import (
+    Labels,
+    LabelSwitch,
+    build_heads,
+    check_task_type,
+    find_task_head,
+    fit_head,
+    modules_to_wrap,
+    unwrap_heads,
+    wrap_heads,
+)
 
-from .check import check_endings, check_heads, check_key_values, check_quantized, check_skip_unread
+from .check import check_heads, check_key_values, check_quantized, check_skip_unread
 from .config import VPTConfig
 from .layer import PromptTunerLayer
 from .layout import check_config, make_layout
@@ -91,34 +100,49 @@ class VPTModel(BaseTuner):
         if peft_config.skip_unread:
             check_skip_unread(self._root(), encoder, spec)
         check_quantized(encoder, spec, peft_config, path)
-        layout = make_layout(peft_config, spec)
+        if parameters is None:
+            self._read = read_blocks(self._root(), encoder, spec)
+        layout = make_layout(peft_config, spec, self._read if parameters is None else parameters.read)
         # The blocks that have a part in the adapter; the first stands for prompts that are pixels.
         chosen = [index for index, block in enumerate(layout) if block is not None] or [0]
         self._targets = {".".join(filter(None, (path, spec.blocks[index].path))) for index in chosen}
-        head = self._modules_to_save(peft_config, find_task_head(self.model, path, spec))
-        known = [] if parameters is None else list(parameters.configs)
-        check_endings([*self.peft_config, *known], head)
-        check_heads(self.model, head)
-        peft_config.note_found(modules_to_save=head)
-        if peft_config.given("modules_to_save") is not None:
-            peft_config.modules_to_save = head
+        self._prepare_heads(peft_config, find_task_head(self.model, path, spec), parameters)
         return peft_config
 
-    def _modules_to_save(self, config: VPTConfig, head: list[str]) -> list[str]:
-        """The head where none is named; names a bare backbone lacks are left out, misspelt ones refused."""
-        names = config.given("modules_to_save")
-        if names is None:
-            return head
-        paths = [path for path, _ in self.model.named_modules()]
-        lacking = [n for n in names if not any(p == n or p.endswith(f".{n}") for p in paths)]
-        if lacking and head:
-            raise ValueError(
-                f"modules_to_save={config.modules_to_save!r}: the model has no module {', '.join(lacking)}; its head is "
-                f"{head}."
-            )
-        if lacking:
-            warnings.warn(f"modules_to_save: this backbone has no {', '.join(lacking)}; left out.", stacklevel=2)
-        return [name for name in names if name not in lacking]
+    def _prepare_heads(self, config: VPTConfig, head: list[str], parameters: VPTParameters | None) -> None:
+        """Find out which modules train beside the prompts, and make heads of another number of labels."""
+        paths = modules_to_wrap(self.model, config.given("modules_to_save"), head, config.task_type)
+        check_task_type(self.model, paths, config.task_type)
+        check_heads(self.model, paths)
+        labels, built = config.given("id2label"), {}
+        if labels is not None:
+            base = LabelSwitch(self._root()).base if parameters is None else parameters.labels.of(None)
+            built = build_heads(self.model, paths, len(labels), None if base is None else base.num_labels)
+        self._heads = paths, built
+        # PEFT would look for them by the ends of their paths
+        config.modules_to_save = None
+
+    def _wrap_heads(self, adapter_name: str, config: VPTConfig) -> None:
+        paths, built = self._heads
+        parameters = find_parameters(self.model)
+        if parameters is None:
+            return
+        is_active, labels = adapter_name in self.active_adapters, parameters.labels
+        wrappers = wrap_heads(
+            self.model,
+            paths,
+            adapter_name,
+            active=is_active,
+            inference_mode=config.inference_mode,
+            labels=labels,
+        )
+        for path, wrapper in zip(paths, wrappers, strict=True):
+            if path in built:
+                fit_head(wrapper, adapter_name, built[path])
+        given = config.given("id2label")
+        labels.add(adapter_name, None if given is None else Labels.from_names(given))
+        if is_active:
+            labels.use(adapter_name)
 
     def _root(self) -> nn.Module:
         """The model itself, where another method's `PeftModel` is around it."""
@@ -168,22 +192,29 @@ class VPTModel(BaseTuner):
         on the model already, by an earlier call, is replaced.
         """
         self._check_name(adapter_name)
-        parameters = find_parameters(self.model)
+        config, parameters = self.peft_config[adapter_name], find_parameters(self.model)
+        names = config.modules_to_save
         before = None if parameters is None else parameters.take(adapter_name)
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
+            self._wrap_heads(adapter_name, config)
         except Exception:
             self.peft_config.pop(adapter_name, None)
+            config.modules_to_save = names
             attached = find_parameters(self.model)
             if attached is not None and parameters is None:
                 attached.detach()
             elif attached is not None:
-                attached.remove(adapter_name)
+                attached.take(adapter_name)
                 attached.put_back(before)
             if not hasattr(model, "peft_config") and getattr(model, "_hf_peft_config_loaded", False):
                 # transformers' add_adapter sets this before it injects, and would fail at the next try.
                 model._hf_peft_config_loaded = False  # type: ignore[assignment]
             raise
+        config.modules_to_save = names
+        parameters = find_parameters(self.model)
+        if parameters is not None:
+            parameters.note_found(adapter_name, self._heads[0])
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         # PEFT would free the backbone's own biases for `bias`, which here are offsets of the adapter
@@ -205,7 +236,7 @@ class VPTModel(BaseTuner):
     ) -> None:
         parameters = find_parameters(self.model)
         if parameters is None:
-            parameters = VPTParameters(self._found, submodule(self.model, self._found.path), self._root())
+            parameters = VPTParameters(self._found, submodule(self.model, self._found.path), self._root(), self._read)
             parameters.attach()
         # PEFT asks once for each block
         if adapter_name not in parameters.configs:
@@ -282,6 +313,7 @@ class VPTModel(BaseTuner):
             )
         parameters = find_parameters(self.model)
         if parameters is not None:
+            unwrap_heads(self.model)
             parameters.detach()
         return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
 
@@ -299,6 +331,10 @@ class VPTModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         """The adapter's own entries, also where sharding has put wrappers into the module paths."""
+        parameters = find_parameters(model)
+        if parameters is not None and adapter_name in parameters.configs:
+            # The object may have been attached to another model since
+            parameters.note_found(adapter_name)
         mine = re.compile(rf"prompt_tuner\.{cls.prefix}[a-z_]+\.{re.escape(adapter_name)}\.")
         plain = {key.replace("_fsdp_wrapped_module.", ""): value for key, value in state_dict.items()}
         return {key: value for key, value in plain.items() if mine.search(key)}

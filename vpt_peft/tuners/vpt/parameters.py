@@ -16,6 +16,7 @@ from torch import nn
 from vpt_peft.active import Call, current_call, enter_call, leave_call
 from vpt_peft.encoder import EncoderSpec, submodule
 from vpt_peft.encoder.quantized import allow_packing, forbid_packing
+from vpt_peft.heads import HeadWrapper, LabelSwitch, trained_modules
 
 from . import biases, pixels
 from .config import VPTConfig
@@ -145,7 +146,7 @@ class VPTParameters(nn.Module, PromptTunerLayer):
         read: For each block whether anything reads its output; `None`: all are read.
     """
 
-    other_param_names = ("configs", "layouts", "classes", "_drawn")
+    other_param_names = ("configs", "layouts", "classes", "heads", "_drawn")
 
     def __init__(
         self, spec: EncoderSpec, encoder: nn.Module, root: nn.Module, read: tuple[bool, ...] | None = None
@@ -160,6 +161,8 @@ class VPTParameters(nn.Module, PromptTunerLayer):
         self.configs: dict[str, VPTConfig] = {}
         self.layouts: dict[str, Layout] = {}
         self.classes: dict[str, type[PromptAdapter]] = {}
+        self.heads: dict[str, list[str]] = {}
+        self.labels = LabelSwitch(root)
         # Changes in place that each adapter's parameters had seen when they were made
         self._drawn: dict[str, int] = {}
         self.merged_adapters: list[str] = []
@@ -224,7 +227,7 @@ class VPTParameters(nn.Module, PromptTunerLayer):
         layout = make_layout(config, self.spec, self.read)
         parts = cls.make_parts(self, config, layout, {"device": device, "dtype": dtype})
         if name in self.configs:
-            self.remove(name)
+            self.take(name)
         for part, module in parts.items():
             self._container(cls.prefix + part)[name] = module
         self.configs[name], self.layouts[name], self.classes[name] = config, layout, cls
@@ -234,25 +237,69 @@ class VPTParameters(nn.Module, PromptTunerLayer):
             biases.attach_offsets(self, config.bias)
         self._drawn[name] = self._count_changes(name)
 
-    def remove(self, name: str) -> None:
-        """Take adapter `name` out for good, whether it is active or not."""
-        self.take(name)
-
-    def take(self, name: str) -> list[tuple[Any, str, str, Any]]:
-        """Take adapter `name` out and return what [`put_back`] needs."""
+    def take(self, name: str) -> list[tuple[Any, str, Any]]:
+        """Take adapter `name` out, whether it is active or not, and return what [`put_back`] needs."""
         taken = []
-        for layer in (self, *self.layers):
-            for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
-                entries = getattr(layer, attribute)
-                if name in entries:
-                    taken.append((layer, attribute, name, entries[name]))
-                    del entries[name]
+        if self.labels.active == name:
+            self.labels.use(None)
+        kept: list[Any] = [
+            getattr(layer, attribute)
+            for layer in (self, *self.layers)
+            for attribute in (*layer.adapter_layer_names, *layer.other_param_names)
+        ]
+        wrappers = [wrapper for wrapper in trained_modules(self.root) if isinstance(wrapper, HeadWrapper)]
+        for wrapper in wrappers:
+            kept.append(wrapper.modules_to_save)
+            if name in wrapper.modules_to_save:
+                wrapper._adapters.discard(name)
+                if name in wrapper.active_adapters:
+                    wrapper._active_adapter = []
+        for entries in (*kept, self.labels.of_adapters):
+            if name in entries:
+                taken.append((entries, name, entries[name]))
+                del entries[name]
         return taken
 
-    def put_back(self, taken: Iterable[tuple[Any, str, str, Any]] | None) -> None:
+    def put_back(self, taken: Iterable[tuple[Any, str, Any]] | None) -> None:
         """Put an adapter back that [`take`] has taken out."""
-        for layer, attribute, name, entry in taken or ():
-            getattr(layer, attribute)[name] = entry
+        for entries, name, entry in taken or ():
+            entries[name] = entry
+        for wrapper in trained_modules(self.root):
+            if isinstance(wrapper, HeadWrapper):
+                back = [name for name in self.active_adapters if name in wrapper.modules_to_save]
+                wrapper._adapters.update(wrapper.modules_to_save)
+                wrapper._active_adapter = wrapper._active_adapter or back[:1]
+        self._use_labels()
+
+    def note_found(self, name: str, heads: list[str] | None = None) -> None:
+        """Write what was found in this model into the configuration of adapter `name`: its heads and their labels."""
+        if heads is not None:
+            self.heads[name] = heads
+        labels = self.labels.of(name)
+        self.configs[name].note_found(modules_to_save=list(self.heads[name]))
+        if labels is not None and self.heads[name]:
+            self.configs[name].note_found(id2label=labels.id2label)
+
+    def _use_labels(self) -> None:
+        """Give the model the labels of the active adapter."""
+        names = [] if self._disable_adapters else self.active_adapters
+        self.labels.use(next((name for name in names if name in self.configs), None))
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters the active ones; see `BaseTunerLayer.set_adapter`."""
+        super().set_adapter(adapter_names, inference_mode)
+        self._use_labels()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch adapters on or off; see `BaseTunerLayer.enable_adapters`."""
+        super().enable_adapters(enabled)
+        self._use_labels()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; see `BaseTunerLayer.delete_adapter`."""
+        self.labels.remove(adapter_name)
+        super().delete_adapter(adapter_name)
+        self._use_labels()
 
     def adapter(self, name: str) -> PromptAdapter:
         """One adapter with the modules it has at this moment."""
