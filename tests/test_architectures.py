@@ -97,7 +97,7 @@ def live(name: str) -> Life:
         keys_before, before = list(model.state_dict()), run(model, name)
         peft_model, prompts = attach(model)
         layers = [module for module in model.modules() if isinstance(module, VPTLayer)]
-        modes = [layer.roles["default"].mode for layer in sorted(layers, key=lambda layer: layer.index)]
+        modes = [layer.layouts["default"].mode for layer in sorted(layers, key=lambda layer: layer.index)]
         prompted = run(peft_model, name, prompts)
         with peft_model.disable_adapter():
             disabled = run(peft_model, name)

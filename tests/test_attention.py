@@ -17,10 +17,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations import flash_attention
 from transformers.masking_utils import flash_attention_mask
 
-from vpt_peft import VPTConfig
+from vpt_peft import VPTConfig, attention_maps
 from vpt_peft.attention import AttentionExtras
 from vpt_peft.attention.extras import insert_columns, over_rows, widen_mask
-from vpt_peft.tuners.vpt.store import VPTPromptStore
+from vpt_peft.tuners.vpt.parameters import PromptAdapter
 
 
 PROMPTS = 3
@@ -128,13 +128,17 @@ def test_names_stay_out_of_the_config(tmp_path):
     assert attention_of(model, "vit").config.hidden_size == model.get_base_model().config.hidden_size
 
 
-def test_attention_maps_show_the_prompts_first():
+def test_attention_maps():
     model, inputs = prompted("vit", "eager"), inputs_of("vit")
     with torch.no_grad():
-        maps = model(**inputs, output_attentions=True).attentions
-    assert len(maps) == 3
-    for weights in maps:
-        assert weights.shape == (2, 4, 17, PROMPTS + 17)
+        shown = model(**inputs, output_attentions=True).attentions
+    found = attention_maps(model, inputs["pixel_values"])
+    assert len(found) == len(shown) == 3
+    prompts = [f"prompt_{index}" for index in range(PROMPTS)]
+    for (weights, columns), square in zip(found, shown, strict=True):
+        assert columns == ["class", *prompts, *(f"patch_{index}" for index in range(16))]
+        assert weights.shape == (2, 4, 17, PROMPTS + 17) and square.shape == (2, 4, 17, 17)
+        assert torch.equal(square, torch.cat([weights[..., :1], weights[..., 1 + PROMPTS :]], dim=-1))
         torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 17, dtype=weights.dtype))
     # The share of the prompts in the first block, from the definition.
     oracle, base = ARCHITECTURES["vit"], model.get_base_model()
@@ -142,10 +146,12 @@ def test_attention_maps_show_the_prompts_first():
     with torch.no_grad(), model.disable_adapter():
         tokens = block.layernorm_before(base.embeddings(inputs["pixel_values"]))
         prompts = block.layernorm_before(prompts_of(model)[0]).expand(2, -1, -1)
-        keys = attention.get_submodule(oracle.key)(torch.cat([prompts, tokens], dim=1)).unflatten(-1, (4, 8))
+        keys = attention.get_submodule(oracle.key)(
+            torch.cat([tokens[:, :1], prompts, tokens[:, 1:]], dim=1)
+        ).unflatten(-1, (4, 8))
         queries = attention.get_submodule(oracle.key.replace("k", "q", 1))(tokens).unflatten(-1, (4, 8))
         logits = torch.einsum("bqhd,bkhd->bhqk", queries, keys) / 8**0.5
-    torch.testing.assert_close(maps[0], logits.softmax(-1), rtol=EXACT, atol=EXACT)
+    torch.testing.assert_close(found[0].maps, logits.softmax(-1), rtol=EXACT, atol=EXACT)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -310,26 +316,25 @@ def test_failing_attention_leaves_nothing_behind(name: str):
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "blip_vision_model", "hiera", "vitdet"])
-def test_dropped_prompts_stay_with_their_image(name: str):
+def test_dropped_prompts_stay_with_their_image(name: str, monkeypatch: pytest.MonkeyPatch):
     """Prompt dropout makes prompts per image: every image sees the ones drawn for it, in all of its windows."""
     model = prompted(name, None, prompt_dropout=0.5)
     inputs = inputs_of(name)
     same = {key: value[:1].expand_as(value).contiguous() for key, value in inputs.items()}
-    store = next(module for module in model.modules() if isinstance(module, VPTPromptStore))
     drawn: list[torch.Tensor] = []
-    original = store.prompts
+    original = PromptAdapter.prompts
 
-    def prompts(adapter: str, key: str | None, rows: int) -> torch.Tensor:
+    def prompts(adapter: PromptAdapter, key: str | None, batch: int) -> torch.Tensor:
         values = original(adapter, key, 1)
         # The first image keeps its prompts, the second gets others.
         drawn.append(values)
         return torch.cat([values, -values]).detach()
 
-    store.prompts = prompts
+    monkeypatch.setattr(PromptAdapter, "prompts", prompts)
     first, second = (flat_output(model, same)[index] for index in (0, 1))
-    store.prompts = lambda adapter, key, rows: original(adapter, key, 1)
+    monkeypatch.setattr(PromptAdapter, "prompts", lambda adapter, key, batch: original(adapter, key, 1))
     assert difference(first, flat_output(model, same)[0]) < EXACT
-    store.prompts = lambda adapter, key, rows: -original(adapter, key, 1)
+    monkeypatch.setattr(PromptAdapter, "prompts", lambda adapter, key, batch: -original(adapter, key, 1))
     assert difference(second, flat_output(model, same)[1]) < EXACT
     assert difference(first, second) > 1e-3
     assert len(drawn) >= len(ARCHITECTURES[name].blocks)
@@ -379,7 +384,7 @@ def test_masks_of_ones_are_open_at_one():
 
 def test_masks_are_open_for_tokens_among_the_others():
     mask = torch.full((1, 1, 3, 3), -5.0)
-    wide = widen_mask(mask, 5, 5, AttentionExtras(inserted=(1, 2)))
+    wide = widen_mask(mask, 5, 5, AttentionExtras(prefix=1, inserted=2))
     assert wide.shape == (1, 1, 5, 5)
     kept = [0, 3, 4]
     assert torch.equal(wide[:, :, kept][..., kept], mask)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from architectures import SUPPORTED
 from composites import COMPOSITES, IMAGE, SIZES, Towers, clip, swin_config, text, vit
-from encoder_fixtures import build, computing_in_float64, require_installed
+from encoder_fixtures import build, computing_in_float64, inputs_of, require_installed
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import ResNetConfig, ResNetModel, SwinModel, ViTConfig, ViTModel
+from transformers.modeling_utils import AttentionInterface
 
 from vpt_peft import GatedVPTConfig, VPTConfig
 from vpt_peft.encoder import EncoderError, find_encoder, submodule
@@ -181,7 +184,7 @@ def test_token_layout(name: str, prefix: int, final_norm: str | None, patch_embe
     require_installed(name)
     with computing_in_float64(name):
         spec = find_encoder(build(name))
-    assert spec.prefix == prefix
+    assert spec.num_prefix_tokens == prefix
     assert spec.final_norm == final_norm
     assert spec.patch_embedding == patch_embedding
     assert spec.image_size == (32, 32)
@@ -211,14 +214,14 @@ def test_low_precision_finds_the_same(name: str, dtype: torch.dtype):
     assert spec.special == exact.special
 
 
-def test_maps_are_found_through_lora():
+def test_projections_are_found_through_lora():
     model = get_peft_model(
         vit(), LoraConfig(target_modules=["k_proj", "v_proj", "key", "value"], init_lora_weights=False)
     )
     spec = find_encoder(model)
     key, value = spec.blocks[0].attention.key, spec.blocks[0].attention.value
     assert key is not None and value is not None
-    # The wrapper, not the frozen map inside it.
+    # The wrapper, not the frozen layer inside it.
     assert "base_layer" not in key.path and "base_layer" not in value.path
     assert key.path.startswith("k") and value.path.startswith("v")
 
@@ -303,3 +306,51 @@ def test_unloading_leaves_nothing_behind(name: str):
     assert restored is model
     torch.set_rng_state(before["random"]["cpu"])
     assert_untouched(model, before)
+
+
+def test_other_threads_do_not_notice_a_trace():
+    """Attention functions are looked up for all models in one place; a trace replaces the look-up for its thread."""
+    other = build("siglip2_vision_model", dtype=torch.float32)
+    inputs = inputs_of("siglip2_vision_model", torch.float32)
+    model = build("vit", dtype=torch.float32)
+    expected_spec = find_encoder(model)
+    outputs: list[torch.Tensor] = []
+
+    def run_others() -> None:
+        with torch.no_grad():
+            outputs.append(other(**inputs).last_hidden_state)
+            outputs.append(model(torch.randn(1, 3, 32, 32)).last_hidden_state)
+
+    def run_in_thread(*args: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=run_others)
+            thread.start()
+            thread.join()
+
+    run_others()
+    handle = model.layers[1].register_forward_pre_hook(run_in_thread)
+    assert find_encoder(model) == expected_spec
+    handle.remove()
+    assert len(outputs) > 2
+    assert all(torch.equal(output, outputs[0]) for output in outputs[::2])
+
+
+def test_two_traces_at_once():
+    models = [build(name, dtype=torch.float32) for name in ("vit", "dinov2", "clip_vision_model", "beit")]
+    expected = [find_encoder(model) for model in models]
+    before = AttentionInterface.get_interface
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            assert list(pool.map(find_encoder, models)) == expected
+    assert AttentionInterface.get_interface is before
+
+
+def test_global_seed_is_left_alone(monkeypatch: pytest.MonkeyPatch):
+    """`torch.manual_seed` would seed every GPU, also those whose state nobody gives back."""
+    model = build("vit", dtype=torch.float32)
+
+    def fail(*args: Any) -> None:
+        raise AssertionError("torch.manual_seed was called")
+
+    monkeypatch.setattr(torch, "manual_seed", fail)
+    assert find_encoder(model).special == (0,)

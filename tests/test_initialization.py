@@ -16,7 +16,7 @@ def prompted(**fields):
 
 
 def prompts_of(model, block: int) -> torch.Tensor:
-    return model.base_model.model.prompt_tuner.part("default", "prompts", str(block)).detach().clone()
+    return model.base_model.model.prompt_tuner.adapter("default").parts["prompts"][str(block)].detach().clone()
 
 
 def batches(count: int = 4, size: int = 3) -> list[dict[str, torch.Tensor]]:

@@ -166,7 +166,7 @@ def test_merge_errors_leave_the_state():
 
 def test_safe_merge_refuses_broken_prompts():
     model = several_tasks({"long": KINDS["long"]})
-    model.base_model.model.prompt_tuner.part("long", "prompts", "1").data[0, 0] = float("nan")
+    model.base_model.model.prompt_tuner.adapter("long").parts["prompts"]["1"].data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
         model.merge_adapter(safe_merge=True)
     assert not model.base_model.model.prompt_tuner.layers[0].merged_adapters

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_layer_status, get_model_status, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft_fixtures import (
     BLOCKS,
     CONFIGS,
@@ -35,7 +34,7 @@ from torch import nn
 from transformers import ViTModel
 
 from vpt_peft import VPTConfig
-from vpt_peft.tuners.vpt.store import find_store
+from vpt_peft.tuners.vpt.parameters import find_parameters
 
 
 DEEP_NUMBERS = 3 * 4 * WIDTH
@@ -137,11 +136,11 @@ def test_together_is_a_longer_prompt():
     both.add_adapter("b", CONFIGS["deep"](num_virtual_tokens=3))
     both.base_model.set_adapter(["a", "b"])
     long = get_peft_model(bare_vit(), CONFIGS["deep"](num_virtual_tokens=5))
-    sources = find_store(both).vpt_prompts
+    sources = find_parameters(both).vpt_prompts
     with torch.no_grad():
         for index in range(BLOCKS):
             prompts = [sources[name][str(index)] for name in "ab"]
-            find_store(long).vpt_prompts["default"][str(index)].copy_(torch.cat(prompts))
+            find_parameters(long).vpt_prompts["default"][str(index)].copy_(torch.cat(prompts))
     x = images()
     assert torch.allclose(logits(both.eval(), x), logits(long.eval(), x), rtol=0, atol=1e-12)
     assert {n.split(".vpt_prompts.")[1][0] for n in trainable(both)} == {"a", "b"}
@@ -206,16 +205,14 @@ def test_delete_active_frees_its_values():
     model.delete_adapter("a")
     gc.collect()
     assert kept and all(ref() is None for ref in kept)
-    store = find_store(model)
-    assert "a" not in store.configs and not any("a" in layer.roles for layer in store.layers)
-    assert not any(layer.carried or layer.entered for layer in store.layers)
+    store = find_parameters(model)
+    assert "a" not in store.configs and not any("a" in layer.layouts for layer in store.layers)
 
 
 def test_irregular_states():
     model, x = attach("deep"), images()
     before = logits(model, x)
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    layers[0].enable_adapters(False)
+    find_parameters(model).enable_adapters(False)
     assert model.get_model_status().enabled == "irregular"
     assert (logits(model, x) - before).abs().max() > 1e-3
     with warnings.catch_warnings(record=True), model.disable_adapter():
@@ -288,7 +285,7 @@ def test_status():
     assert "model.prompt_tuner" in names
     assert {f"model.vit.layers.{index}.prompt_tuner" for index in range(BLOCKS)} <= set(names)
     kinds = {layer.module_type for layer in model.get_layer_status()}
-    assert kinds == {"VPTLayer", "VPTPromptStore", "ModulesToSaveWrapper"}
+    assert kinds == {"VPTLayer", "VPTParameters", "ModulesToSaveWrapper"}
     assert model.targeted_module_names == [f"vit.layers.{index}" for index in range(BLOCKS)]
     injected = vit()
     injected.add_adapter(CONFIGS["deep"](), "a")
@@ -310,16 +307,16 @@ def test_set_requires_grad():
 
 def test_bias_all():
     model = attach("deep", bias="all").train()
-    encoder_biases = {n for n, _ in model.named_parameters() if n.endswith("bias") and "prompt_tuner" not in n}
-    encoder_biases = {n for n in encoder_biases if "original_module" not in n}
-    assert len(encoder_biases) > 6 * BLOCKS and encoder_biases <= set(trainable(model))
+    before = logits(model, images())
+    offsets = {n for n in trainable(model) if "vpt_biases.default." in n}
+    assert len(offsets) > 6 * BLOCKS
     prompts = {n for n in trainable(model) if "vpt_prompts" in n}
     head = {n for n in trainable(model) if "modules_to_save" in n}
-    assert encoder_biases | prompts | head == set(trainable(model))
+    assert offsets | prompts | head == set(trainable(model))
     found = gradients(model, images())
-    assert {n for n, g in found.items() if g.any()} >= encoder_biases - {
-        n for n in found if "k_proj" in n or "key" in n
-    }
+    assert {n for n, g in found.items() if g.any()} >= offsets - {n for n in found if "k_proj" in n or "key" in n}
+    randomize(model, 3, trainable_only=True)
+    assert (logits(model, images()) - before).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["deep", "pooled", "strip", "channel", "gated"])
@@ -353,7 +350,7 @@ def test_copy_of_an_injected_base_and_of_a_used_model():
 
 def test_repr_shows_the_prompts():
     shown = repr(attach("deep"))
-    assert "VPTLayer(" in shown and "VPTPromptStore(" in shown and "default" in shown
+    assert "VPTLayer(" in shown and "VPTParameters(" in shown and "default" in shown
     assert re.search(r"block=2", shown)
 
 

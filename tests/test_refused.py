@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from peft_fixtures import CONFIGS, images, logits, randomize, vit
 
 from vpt_peft import VPTConfig
-from vpt_peft.tuners.vpt.store import find_store
+from vpt_peft.tuners.vpt.parameters import find_parameters
 
 
 def attach(name: str) -> PeftModel:
@@ -43,7 +43,7 @@ def test_an_unfit_file_for_prompts_as_drawn(tmp_path: Path):
     model = get_peft_model(vit(), CONFIGS["deep"]())
     with pytest.raises(ValueError, match="does not fit"):
         model.load_adapter(tmp_path / "bad", "default")
-    assert not model.peft_config and find_store(model) is None
+    assert not model.peft_config and find_parameters(model) is None
     model.load_adapter(tmp_path / "good", "default")
     model.set_adapter("default")
     assert torch.equal(logits(model, images()), logits(good, images()))
@@ -57,7 +57,7 @@ def test_what_peft_would_stumble_over_halfway(given: dict[str, Any]):
     before, keys = logits(model, images()), list(model.state_dict())
     with pytest.raises((TypeError, ValueError), match="ends with 'classifier'|cannot be applied"):
         get_peft_model(model, CONFIGS["deep"](**given), adapter_name=name)
-    assert find_store(model) is None and list(model.state_dict()) == keys
+    assert find_parameters(model) is None and list(model.state_dict()) == keys
     assert torch.equal(logits(model, images()), before)
     prompted = get_peft_model(model, CONFIGS["deep"](), adapter_name="first")
     before, keys = logits(prompted, images()), list(prompted.state_dict())

@@ -36,7 +36,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vpt_peft import VPTConfig
-from vpt_peft.tuners.vpt.store import find_store
+from vpt_peft.tuners.vpt.parameters import find_parameters
 
 
 def attach(name: str, model: nn.Module | None = None, adapter_name: str = "default", **given: Any) -> PeftModel:
@@ -283,7 +283,7 @@ def is_untouched(model: nn.Module, before: dict[str, Any]) -> None:
     x = images(size=model.config.image_size)
     assert torch.equal(logits(model, x), before["logits"])
     assert list(model.state_dict()) == before["keys"]
-    assert find_store(model) is None
+    assert find_parameters(model) is None
 
 
 @pytest.mark.parametrize("name, make, fields, reason", UNFIT)

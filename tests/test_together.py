@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from peft_fixtures import BLOCKS, CONFIGS, MAIN, gradients, images, logits, lora, randomize, trainable, vit
 from torch import nn
 
-from vpt_peft.tuners.vpt.store import find_store
+from vpt_peft.tuners.vpt.parameters import find_parameters
 
 
 def reference(name: str) -> torch.Tensor:
@@ -183,7 +183,7 @@ def test_gated_beside_plain(order: tuple[str, str], stacked: bool):
             base.add_adapter(configs[name], name)
         model = base
     model.eval()
-    store = find_store(model)
+    store = find_parameters(model)
     assert store is not None and sum(module is store for module in model.modules()) == 1
     assert len([module for module in model.modules() if type(module) is type(store)]) == 1
     outputs = {}

@@ -28,6 +28,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import BeitBackbone, BeitConfig, Dinov2Backbone, Dinov2Config, Trainer, TrainingArguments
 
+from vpt_peft import attention_maps
+
 
 NOISY = {"hidden_dropout_prob": 0.4, "attention_probs_dropout_prob": 0.4}
 
@@ -145,7 +147,7 @@ def test_prompt_dropout_scales():
     model = attach("shallow", prompt_dropout=0.25).train()
     store = model.base_model.model.prompt_tuner
     torch.manual_seed(0)
-    drawn = store.prompts("default", "0", 4000)
+    drawn = store.adapter("default").prompts("0", 4000)
     stored = store.vpt_prompts["default"]["0"]
     kept = drawn != 0
     assert torch.allclose(drawn, torch.where(kept, stored / 0.75, 0.0))
@@ -181,13 +183,16 @@ def test_hidden_states_are_the_same_in_both_modes():
 
 @pytest.mark.parametrize("name, extra", [("deep", 4), ("deep_tokens", 4), ("shallow", 3), ("gated", 3)])
 def test_attention_maps(name: str, extra: int):
-    """Maps have a column for every prompt, and rows that sum to one."""
+    """Maps are as without prompts; those with prompts have a column for each, and rows that sum to one."""
     model = attach(name, vit(attn_implementation="eager"))
-    maps = model(pixel_values=images(), output_attentions=True).attentions
-    assert len(maps) == BLOCKS
-    for attention in maps:
-        assert attention.shape[-1] == TOKENS + extra and attention.shape[-2] in (TOKENS, TOKENS + extra)
-        assert torch.allclose(attention.sum(-1), torch.ones_like(attention[..., 0]))
+    shown = model(pixel_values=images(), output_attentions=True).attentions
+    found = attention_maps(model, images())
+    assert len(shown) == len(found) == BLOCKS
+    for square, (maps, columns) in zip(shown, found, strict=True):
+        assert columns[: extra + 2] == ["class", *(f"prompt_{index}" for index in range(extra)), "patch_0"]
+        assert maps.shape[-2:] == (TOKENS, TOKENS + extra) and square.shape[-2:] == (TOKENS, TOKENS)
+        assert torch.allclose(maps.sum(-1), torch.ones_like(maps[..., 0]))
+        assert torch.allclose(square, torch.cat([maps[..., :1], maps[..., 1 + extra :]], dim=-1), rtol=0, atol=1e-12)
 
 
 def backbone(cls: type, **given: Any) -> nn.Module:

@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from peft_fixtures import CONFIGS, MAIN, images, logits, lora, needs_heads_to_load, randomize, trainable, vit
 from torch import nn
 
-from vpt_peft.tuners.vpt.store import find_store
+from vpt_peft.tuners.vpt.parameters import find_parameters
 
 
 def injected(name: str = "deep", adapter_name: str = "a", **given: Any) -> nn.Module:
@@ -59,7 +59,7 @@ def test_switch_and_delete():
     model.set_adapter("a")
     model.delete_adapter("b")
     assert torch.equal(logits(model, images()), first)
-    assert not [key for key in model.state_dict() if ".b." in key] and "b" not in find_store(model).configs
+    assert not [key for key in model.state_dict() if ".b." in key] and "b" not in find_parameters(model).configs
     with pytest.raises(ValueError):
         model.delete_adapter("b")
 
@@ -74,7 +74,7 @@ def test_state_dict_of_an_adapter():
     assert set(model.get_adapter_state_dict("b")) == {"prompt_tuner.vpt_prompts.0"} | head
     assert torch.equal(
         model.get_adapter_state_dict("a")["prompt_tuner.vpt_prompts.1"],
-        find_store(model).vpt_prompts["a"]["1"],
+        find_parameters(model).vpt_prompts["a"]["1"],
     )
 
 
@@ -140,7 +140,7 @@ def test_a_refused_adapter_leaves_the_model():
     with pytest.raises(ValueError, match="layers_to_transform"):
         model.add_adapter(CONFIGS["deep"](layers_to_transform=[5]), "a")
     assert torch.equal(logits(model, images()), before) and list(model.state_dict()) == keys
-    assert not find_store(model) and not getattr(model, "peft_config", {})
+    assert not find_parameters(model) and not getattr(model, "peft_config", {})
     model.add_adapter(CONFIGS["deep"](), "a")
     prompted = logits(model, images())
     with pytest.raises(ValueError, match="layers_to_transform"):

@@ -1,5 +1,6 @@
 """Visual Prompt Tuning and Gated Prompt Tuning as PEFT methods; importing the package registers both."""
 
+from .attention_maps import attention_maps
 from .encoder import EncoderError
 from .initialization import initialize_prompts
 from .tuners import GatedVPTConfig, GatedVPTModel, VPTConfig, VPTModel
@@ -13,5 +14,6 @@ __all__ = [
     "VPTConfig",
     "VPTModel",
     "__version__",
+    "attention_maps",
     "initialize_prompts",
 ]

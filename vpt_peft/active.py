@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 
 BASE = "__base__"
@@ -18,10 +19,16 @@ class Call:
     Args:
         names: Active adapters, in a mixed batch those of its images; empty while adapters are disabled.
         per_image: One name per image of a mixed batch, "__base__" for none; `None` where all images share `names`.
+        owner: What the adapters belong to.
+        adapters: The adapters by name, as they were when the call began.
+        before: The call that this one stands in, of another model.
     """
 
     names: tuple[str, ...]
     per_image: tuple[str, ...] | None = None
+    owner: Any = None
+    adapters: Mapping[str, Any] = field(default_factory=dict)
+    before: Call | None = None
 
 
 class _Local(threading.local):
@@ -44,7 +51,7 @@ def enter_call(call: Call) -> None:
 
 def leave_call() -> None:
     """Note that the call in this thread has ended."""
-    _local.call = None
+    _local.call = None if _local.call is None else _local.call.before
 
 
 def requested_names() -> tuple[str, ...] | None:

@@ -18,8 +18,8 @@ from torch import nn
 from .encoder import submodule
 from .encoder.inputs import IMAGE_INPUTS
 from .encoder.trace import in_eval
-from .tuners.vpt.plan import prompted_blocks
-from .tuners.vpt.store import VPTPromptStore, find_store
+from .tuners.vpt.layout import own_blocks
+from .tuners.vpt.parameters import VPTParameters, find_parameters
 
 
 METHODS = ("tokens", "class_token_final", "class_token_layerwise", "mean_pool", "kmeans")
@@ -78,29 +78,29 @@ def initialize_prompts(
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} must be one of {', '.join(map(repr, METHODS))}.")
-    store = find_store(model)
-    if store is None or adapter_name not in store.configs:
-        known = "none" if store is None else ", ".join(map(repr, store.configs)) or "none"
+    parameters = find_parameters(model)
+    if parameters is None or adapter_name not in parameters.configs:
+        known = "none" if parameters is None else ", ".join(map(repr, parameters.configs)) or "none"
         raise ValueError(f"adapter_name={adapter_name!r} is not a prompt adapter of this model; it has: {known}.")
-    config = store.configs[adapter_name]
+    config = parameters.configs[adapter_name]
     if config.prompt_location != "prepend" or config.projection_dim or config.project_patches:
         raise ValueError(
             "initialize_prompts needs prompts that are tokens of the blocks' own width: prompt_location='prepend' without "
             "a projection."
         )
-    if method.startswith("class_token") and not store.spec.special:
+    if method.startswith("class_token") and not parameters.spec.special:
         raise ValueError(f"method={method!r}: this encoder has no class token; use 'tokens', 'mean_pool' or 'kmeans'.")
-    keys = [str(index) for index in prompted_blocks(config, store.spec)]
-    keys = keys[:1] if config.share_prompts else keys
-    if method == "class_token_final" and len({store.spec.blocks[int(key)].width for key in keys}) > 1:
+    keys = [str(index) for index in own_blocks(parameters.layouts[adapter_name])]
+    if method == "class_token_final" and len({parameters.spec.blocks[int(key)].width for key in keys}) > 1:
         raise ValueError("method='class_token_final': the blocks' widths differ; use 'tokens'.")
     count = config.num_virtual_tokens
     size = count * KMEANS_TOKENS_PER_PROMPT if method == "kmeans" else count
     reservoirs = {key: Reservoir(size, seed + int(key)) for key in keys}
-    _fill(store, reservoirs, dataloader, method)
+    _fill(parameters, reservoirs, dataloader, method)
     starts = {key: _choose(reservoir, count, method, seed) for key, reservoir in reservoirs.items()}
+    prompts: Any = parameters.adapter(adapter_name).parts["prompts"]
     for key, rows in starts.items():
-        weight = store.part(adapter_name, "prompts", key)
+        weight = prompts[key]
         with torch.no_grad():
             weight.copy_(rows.to(weight.device, weight.dtype))
 
@@ -121,12 +121,12 @@ def _choose(reservoir: Reservoir, count: int, method: str, seed: int) -> torch.T
     return torch.from_numpy(fitted.cluster_centers_)
 
 
-def _samples(store: VPTPromptStore, hidden: torch.Tensor, method: str) -> torch.Tensor:
+def _samples(parameters: VPTParameters, hidden: torch.Tensor, method: str) -> torch.Tensor:
     """Rows `(samples, width)` of a block's input or output."""
     if method.startswith("class_token"):
-        return hidden[:, store.spec.special[0]]
-    if hidden.dim() == 3 and store.spec.special:
-        patches = [index for index in range(hidden.shape[1]) if index not in set(store.spec.special)]
+        return hidden[:, parameters.spec.special[0]]
+    if hidden.dim() == 3 and parameters.spec.special:
+        patches = [index for index in range(hidden.shape[1]) if index not in set(parameters.spec.special)]
         hidden = hidden[:, patches]
     if method == "mean_pool":
         return hidden.flatten(1, -2).mean(1)
@@ -146,38 +146,38 @@ def _without_adapters(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = state
 
 
-def _fill(store: VPTPromptStore, reservoirs: dict[str, Reservoir], dataloader: Iterable[Any], method: str) -> None:
-    encoder, handles = store.encoder, []
+def _fill(parameters: VPTParameters, reservoirs: dict[str, Reservoir], dataloader: Iterable[Any], method: str) -> None:
+    encoder, handles = parameters.encoder, []
 
     def watch_input(reservoir: Reservoir, argument: str | None) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            reservoir.add(_samples(store, kwargs[argument] if argument else args[0], method))
+            reservoir.add(_samples(parameters, kwargs[argument] if argument else args[0], method))
 
         return hook
 
     def watch_output(module: nn.Module, args: tuple, output: Any) -> None:
-        rows = _samples(store, output[0] if isinstance(output, tuple) else output, method)
+        rows = _samples(parameters, output[0] if isinstance(output, tuple) else output, method)
         for reservoir in reservoirs.values():
             reservoir.add(rows)
 
     if method == "class_token_final":
-        handles.append(submodule(encoder, store.spec.blocks[-1].path).register_forward_hook(watch_output))
+        handles.append(submodule(encoder, parameters.spec.blocks[-1].path).register_forward_hook(watch_output))
     else:
         for key, reservoir in reservoirs.items():
-            block = store.spec.blocks[int(key)]
+            block = parameters.spec.blocks[int(key)]
             hook = watch_input(reservoir, block.argument)
             handles.append(submodule(encoder, block.path).register_forward_pre_hook(hook, with_kwargs=True))
     try:
-        with in_eval(encoder), torch.no_grad(), _without_adapters(store.root):
+        with in_eval(encoder), torch.no_grad(), _without_adapters(parameters.root):
             for batch in dataloader:
-                encoder(**_encoder_arguments(store, batch))
+                encoder(**_encoder_arguments(parameters, batch))
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _encoder_arguments(store: VPTPromptStore, batch: Any) -> dict[str, Any]:
-    accepted = signature(store.encoder.forward).parameters
+def _encoder_arguments(parameters: VPTParameters, batch: Any) -> dict[str, Any]:
+    accepted = signature(parameters.encoder.forward).parameters
     main = next((name for name in IMAGE_INPUTS if name in accepted), IMAGE_INPUTS[0])
     if isinstance(batch, torch.Tensor):
         batch = {main: batch}
@@ -185,7 +185,7 @@ def _encoder_arguments(store: VPTPromptStore, batch: Any) -> dict[str, Any]:
         batch = {main: batch[0]}
     if not isinstance(batch, Mapping) or main not in batch:
         raise ValueError(f"a batch must be images, a tuple that begins with images, or a mapping with {main!r}.")
-    device, dtype = store.device_and_dtype()
+    device, dtype = parameters.device_and_dtype()
     return {
         name: value.to(device, dtype if value.is_floating_point() else None)
         if isinstance(value, torch.Tensor)

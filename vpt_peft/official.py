@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from .tuners import GatedVPTConfig, VPTConfig
-from .tuners.vpt.plan import prompted_blocks
-from .tuners.vpt.prompts import PromptSet
-from .tuners.vpt.store import VPTPromptStore, find_store
+from .tuners.vpt.layout import own_blocks
+from .tuners.vpt.parameter_set import ParameterSet
+from .tuners.vpt.parameters import PromptAdapter, VPTParameters, find_parameters
 
 
 FAMILIES = ("vit", "moco", "mae", "swin")
@@ -116,28 +116,34 @@ def config_from_official(prompt_fields: Mapping[str, Any], family: str = "vit") 
     return VPTConfig(**arguments)
 
 
-def _store_of(model: nn.Module, adapter_name: str) -> VPTPromptStore:
-    store = find_store(model)
-    if store is None or adapter_name not in store.configs:
-        known = "none" if store is None else ", ".join(map(repr, store.configs)) or "none"
+def _parameters_of(model: nn.Module, adapter_name: str) -> VPTParameters:
+    parameters = find_parameters(model)
+    if parameters is None or adapter_name not in parameters.configs:
+        known = "none" if parameters is None else ", ".join(map(repr, parameters.configs)) or "none"
         raise ValueError(f"adapter_name={adapter_name!r} is not a prompt adapter of this model; it has: {known}.")
-    return store
+    return parameters
 
 
-def _stage_names(store: VPTPromptStore, own: list[int]) -> list[tuple[str, list[int]]]:
+def _parameter(adapter: PromptAdapter, part: str, key: str) -> torch.Tensor:
+    """The parameter that one part of an adapter has under `key`."""
+    entry: Any = adapter.parts[part][key]  # type: ignore[index]
+    return entry if isinstance(entry, torch.Tensor) else entry.weight
+
+
+def _stage_names(parameters: VPTParameters, own: list[int]) -> list[tuple[str, list[int]]]:
     """Official names of the deep prompts and the blocks in each: one per stage for hierarchical encoders."""
     if own and own[0] == 0:
         own = own[1:]
-    if not store.spec.merges:
+    if not parameters.spec.merges:
         return [("deep_prompt_embeddings", own)] if own else []
-    starts = [0, *(index for index, _ in store.spec.merges), len(store.spec.blocks)]
+    starts = [0, *(index for index, _ in parameters.spec.merges), len(parameters.spec.blocks)]
     stages = [[i for i in own if a <= i < b] for a, b in zip(starts, starts[1:], strict=False)]
     return [(f"deep_prompt_embeddings_{stage}", blocks) for stage, blocks in enumerate(stages) if blocks]
 
 
-def _layout(store: VPTPromptStore, name: str) -> dict[str, tuple[str, list[str] | None]]:
+def _layout(parameters: VPTParameters, name: str) -> dict[str, tuple[str, list[str] | None]]:
     """For each official parameter the part it is made of and that part's entries; `None` for a module as a whole."""
-    config = store.configs[name]
+    config, adapter = parameters.configs[name], parameters.adapter(name)
     layout: dict[str, tuple[str, list[str] | None]] = {}
     if config.prompt_location == "pad":
         layout = {f"prompt_embeddings_{key}": ("prompts", [key]) for key in ("tb", "lr")}
@@ -145,17 +151,17 @@ def _layout(store: VPTPromptStore, name: str) -> dict[str, tuple[str, list[str] 
         layout["prompt_embeddings"] = ("prompts", ["0"])
         layout["patch_embeddings"] = ("patch_embedding", None)
     else:
-        own = prompted_blocks(config, store.spec)
+        own = own_blocks(parameters.layouts[name])
         if config.share_prompts:
             layout["prompt_embeddings"] = ("prompts", [str(own[0])])
         else:
             if own[0] == 0:
                 layout["prompt_embeddings"] = ("prompts", ["0"])
-            for official, blocks in _stage_names(store, own):
+            for official, blocks in _stage_names(parameters, own):
                 layout[official] = ("prompts", [str(block) for block in blocks])
-    if store.part(name, "projection") is not None:
+    if "projection" in adapter.parts:
         layout["prompt_proj"] = ("projection", None)
-    gates, temperatures = store.part(name, "gates"), store.part(name, "temperatures")
+    gates, temperatures = adapter.parts.get("gates"), adapter.parts.get("temperatures")
     if gates is not None:
         layout["gate_logit"] = ("gates", list(gates))
     if temperatures is not None:
@@ -169,17 +175,18 @@ def official_state_dict(model: nn.Module, adapter_name: str = "default") -> dict
     Raises:
         ValueError: The model has no such adapter, or the official codes have no name for what it holds.
     """
-    store = _store_of(model, adapter_name)
-    if getattr(store.configs[adapter_name], "gate", None) == "elementwise":
+    parameters = _parameters_of(model, adapter_name)
+    if getattr(parameters.configs[adapter_name], "gate", None) == "elementwise":
         raise ValueError("gate='elementwise': the official code has no parameters for this gate.")
+    adapter = parameters.adapter(adapter_name)
     result: dict[str, torch.Tensor] = {}
-    for official, (part, keys) in _layout(store, adapter_name).items():
+    for official, (part, keys) in _layout(parameters, adapter_name).items():
         if keys is None:
-            for leaf, parameter in store.part(adapter_name, part).named_parameters():
+            for leaf, parameter in adapter.parts[part].named_parameters():
                 result[f"{official}.{leaf}"] = parameter.detach().clone()
         else:
             join = torch.stack if part == "prompts" else torch.cat
-            result[official] = join([store.parameter(adapter_name, part, key).detach() for key in keys])
+            result[official] = join([_parameter(adapter, part, key).detach() for key in keys])
     return result
 
 
@@ -204,51 +211,54 @@ def load_official_state_dict(
         ValueError: Parameters are missing or misshapen (all are listed), or the model has no such adapter. Nothing is
             changed then.
     """
-    store = _store_of(model, adapter_name)
-    if getattr(store.configs[adapter_name], "gate", None) == "elementwise":
+    parameters = _parameters_of(model, adapter_name)
+    if getattr(parameters.configs[adapter_name], "gate", None) == "elementwise":
         raise ValueError("gate='elementwise': the official code has no parameters for this gate.")
-    frame = _fitting_frame(store, adapter_name, state_dict)
+    frame = _fitting_frame(parameters, adapter_name, state_dict)
+    adapter = parameters.adapter(adapter_name)
     wrong: list[str] = []
     copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for official, (part, keys) in _layout(store, adapter_name).items():
+    for official, (part, keys) in _layout(parameters, adapter_name).items():
         if keys is None:
-            module = store.part(adapter_name, part)
+            module = adapter.parts[part]
             targets = {f"{official}.{leaf}": [parameter] for leaf, parameter in module.named_parameters()}
         else:
             made = frame if part == "prompts" else None
-            targets = {
-                official: [store.parameter(adapter_name, part, key) if made is None else made[key] for key in keys]
-            }
-        for name, parameters in targets.items():
+            targets = {official: [_parameter(adapter, part, key) if made is None else made[key] for key in keys]}
+        for name, own in targets.items():
             tensor = _find(state_dict, name)
-            inner = tuple(parameters[0].shape)
-            shape = inner if keys is None else (len(parameters), *(inner if part == "prompts" else ()))
+            inner = tuple(own[0].shape)
+            shape = inner if keys is None else (len(own), *(inner if part == "prompts" else ()))
             if tensor is None:
                 wrong.append(f"{name} is missing (shape {shape})")
             elif tuple(tensor.shape) != shape:
                 wrong.append(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
             else:
                 pieces = [tensor] if keys is None else list(tensor.unbind(0))
-                copies += [(p, piece.reshape(p.shape)) for p, piece in zip(parameters, pieces, strict=True)]
+                copies += [(p, piece.reshape(p.shape)) for p, piece in zip(own, pieces, strict=True)]
     if wrong:
         raise ValueError(f"the official state dict does not fit adapter {adapter_name!r}: {'; '.join(wrong)}.")
     with torch.no_grad():
         for parameter, value in copies:
             parameter.copy_(value)
     if frame is not None:
-        store.container(adapter_name, "prompts")[adapter_name] = frame
+        getattr(parameters, f"{adapter.prefix}prompts")[adapter_name] = frame
 
 
-def _fitting_frame(store: VPTPromptStore, name: str, state_dict: Mapping[str, torch.Tensor]) -> PromptSet | None:
+def _fitting_frame(
+    parameters: VPTParameters, name: str, state_dict: Mapping[str, torch.Tensor]
+) -> ParameterSet | None:
     """For 'pad', prompts for the image size of the checkpoint, where it differs from the one assumed at attach time."""
-    if store.configs[name].prompt_location != "pad":
+    if parameters.configs[name].prompt_location != "pad":
         return None
     rows, columns = (_find(state_dict, f"prompt_embeddings_{key}") for key in ("tb", "lr"))
-    width = 2 * store.configs[name].num_virtual_tokens
+    width = 2 * parameters.configs[name].num_virtual_tokens
     if rows is None or columns is None or rows.dim() != 4 or columns.dim() != 4:
         return None
     if rows.shape[:3] != (1, 3, width) or columns.shape[:2] != (1, 3) or columns.shape[3] != width:
         return None
-    old = store.parameter(name, "prompts", "tb")
-    made = PromptSet({"tb": tuple(rows.shape[1:]), "lr": tuple(columns.shape[1:])}, device=old.device, dtype=old.dtype)
+    old = _parameter(parameters.adapter(name), "prompts", "tb")
+    made = ParameterSet(
+        {"tb": tuple(rows.shape[1:]), "lr": tuple(columns.shape[1:])}, device=old.device, dtype=old.dtype
+    )
     return made.requires_grad_(old.requires_grad)

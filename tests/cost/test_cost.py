@@ -22,8 +22,8 @@ from vpt_peft.cli import cost as cost_command
 from vpt_peft.cost import CostEstimate, estimate_cost, estimate_costs, largest_batch
 from vpt_peft.cost.meta_model import safetensors_bytes
 from vpt_peft.methods import METHODS
+from vpt_peft.training.checkpoints import save_trained
 from vpt_peft.training.model import BaselineSpec, build_baseline
-from vpt_peft.training.saving import save_trained
 
 
 LIMIT = 10**9

@@ -26,7 +26,7 @@ from vpt_peft import VPTConfig
 from vpt_peft.cli.export import run
 from vpt_peft.export import export_model
 from vpt_peft.export.metadata import _preprocessing
-from vpt_peft.tuners.vpt.store import find_store
+from vpt_peft.tuners.vpt.parameters import find_parameters
 
 
 pytest_plugins = ["training_fixtures"]
@@ -172,7 +172,7 @@ def test_the_model_is_left_alone(tmp_path):
     assert model.config._attn_implementation == implementation
     after = state(model)
     assert after.keys() == before.keys() and all(torch.equal(after[name], value) for name, value in before.items())
-    assert not find_store(model).layers[0].merged_adapters  # type: ignore[union-attr]
+    assert not find_parameters(model).layers[0].merged_adapters  # type: ignore[union-attr]
     assert all(p.grad is None for p in model.parameters())
     assert model(pixel_values=pixels).logits.requires_grad
 
@@ -182,7 +182,7 @@ def test_merged_already(tmp_path):
     model.merge_adapter()
     path = export_model(model, tmp_path / "a", "torch", check=False)
     assert (torch.export.load(path).module()(pixels)["logits"] - logits(model, pixels)).abs().max() < 1e-5
-    assert find_store(model).layers[0].merged_adapters == ["default"]  # type: ignore[union-attr]
+    assert find_parameters(model).layers[0].merged_adapters == ["default"]  # type: ignore[union-attr]
 
 
 def test_half_precision_is_exported_in_float32(tmp_path):

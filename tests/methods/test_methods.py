@@ -10,10 +10,10 @@ from transformers import ViTForImageClassification
 from vpt_peft.methods.modules import BottleneckAdapter, MLPHead, SideTuning
 from vpt_peft.methods.structure import find_blocks, find_final_norm, find_head
 from vpt_peft.training.arguments import METHODS, ModelArguments
+from vpt_peft.training.checkpoints import save_trained
 from vpt_peft.training.inference import load_adapter_model
 from vpt_peft.training.model import build_model, check_trainable, load_backbone
-from vpt_peft.training.recipes import split_trainable
-from vpt_peft.training.saving import save_trained
+from vpt_peft.training.optim import split_trainable
 
 
 pytest_plugins = ["training_fixtures"]

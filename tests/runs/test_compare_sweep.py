@@ -9,7 +9,8 @@ import pytest
 import vpt_peft.runs.trials as runs
 from vpt_peft.cli.main import main
 from vpt_peft.runs.grid import Range, folder_name, make_parser, parse_grid
-from vpt_peft.training.inference import evaluate_model, load_adapter_model
+from vpt_peft.training.evaluation import evaluate_model
+from vpt_peft.training.inference import load_adapter_model
 from vpt_peft.training.trainer import TrainingDiverged
 
 

@@ -1,13 +1,14 @@
 """Prompts as keys and values: how they reach the attention of a block, and the arithmetic around them."""
 
-from .extras import AttentionExtras, project_key_values, project_queries
+from .extras import AttentionExtras, AttentionMap, PromptedBlock, project_key_values, project_queries
 from .intercept import attach_interceptor
-from .interface import ALL_TOKENS, PromptedConfig
+from .interface import PromptedConfig
 
 
 __all__ = [
-    "ALL_TOKENS",
     "AttentionExtras",
+    "AttentionMap",
+    "PromptedBlock",
     "PromptedConfig",
     "attach_interceptor",
     "project_key_values",

@@ -3,37 +3,70 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
-from vpt_peft.encoder import AttentionSpec, submodule
-from vpt_peft.encoder.maps import apply_head_map
+from vpt_peft.encoder import AttentionSpec, BlockSpec, submodule
+from vpt_peft.encoder.projections import apply_projection
 
 
-@dataclass
+class AttentionMap(NamedTuple):
+    """The attention of one block.
+
+    Args:
+        maps: `(batch, heads, tokens, prefix + prompts + patches)`; rows sum to 1.
+        columns: The name of each column: "class" and registers, "prompt_0" ..., "patch_0" ....
+    """
+
+    maps: torch.Tensor
+    columns: list[str]
+
+
+class PromptedBlock(Protocol):
+    """What attention needs of the layer that prompts a block."""
+
+    spec: BlockSpec
+
+    @property
+    def block(self) -> nn.Module: ...
+
+    def extras(self, like: torch.Tensor) -> AttentionExtras | None:
+        """What prompts add to the attention call that runs, on the device and in the dtype of a tensor."""
+
+    def receive_outputs(self, outputs: torch.Tensor) -> None:
+        """Take the attention outputs of prompts beside windows, `(batch · windows, prompts, heads, head_dim)`."""
+
+
+@dataclass(slots=True)
 class AttentionExtras:
     """What one attention call gets from prompts.
 
     Args:
         keys, values: Of the prompts, `(batch or 1, heads, prompts, head_dim)`; `None` without key/value prompts.
-        temperature: Divides the logits of all tokens, a tensor of one element; `None` without.
-        inserted: (position, count) of prompt tokens that stand in the sequence; count 0 without.
+        temperature: Divides the logits of all tokens, `(1 or batch, 1, 1, 1)`; `None` without.
+        prefix: Number of class, register and other tokens in front of the patches.
+        inserted: Number of prompt tokens that stand in the sequence, behind the prefix.
         queries: Of prompts that run beside windows, `(batch, heads, prompts, head_dim)`; `None` without.
         mask: Additive mask over the key/value prompts per image, `(batch, 1, 1, prompts)`; `None` if all are seen.
         inserted_mask: The same over prompt tokens in the sequence.
         mask_open: The value float masks hold where attention is allowed.
+        all_tokens: All of the block's tokens `(batch, tokens, width)` where it makes its prefix tokens alone.
+        maps: A list that takes the full attention maps; `None` where nobody asks for them.
     """
 
     keys: torch.Tensor | None = None
     values: torch.Tensor | None = None
     temperature: torch.Tensor | None = None
-    inserted: tuple[int, int] = (0, 0)
+    prefix: int = 0
+    inserted: int = 0
     queries: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     inserted_mask: torch.Tensor | None = None
     mask_open: float = 0.0
+    all_tokens: torch.Tensor | None = None
+    maps: list[AttentionMap] | None = None
 
     @property
     def prompts(self) -> int:
@@ -49,12 +82,31 @@ class AttentionExtras:
         if self.mask is not None:
             columns[..., : self.prompts] = over_rows(self.mask, rows)
         if self.inserted_mask is not None:
-            start = self.prompts + self.inserted[0]
-            columns[..., start : start + self.inserted[1]] = over_rows(self.inserted_mask, rows)
+            start = self.prompts + self.prefix
+            columns[..., start : start + self.inserted] = over_rows(self.inserted_mask, rows)
         return columns
 
+    def record(self, maps: torch.Tensor) -> None:
+        """Take full maps `(batch, heads, inserted + tokens, prompts + inserted + tokens)` where they are asked for."""
+        if self.maps is not None:
+            rows = without_columns(maps, -2, self.prefix, self.inserted)
+            before = rows[..., self.prompts : self.prompts + self.prefix]
+            ordered = torch.cat([before, rows[..., : self.prompts], rows[..., self.prompts + self.prefix :]], dim=-1)
+            prompts = self.prompts + self.inserted
+            names = [f"prefix_{i}" for i in range(self.prefix)] + [f"prompt_{i}" for i in range(prompts)]
+            names += [f"patch_{i}" for i in range(ordered.shape[-1] - len(names))]
+            self.maps.append(AttentionMap(ordered, names))
 
-class _Cool(torch.autograd.Function):
+
+def without_columns(maps: torch.Tensor, dim: int, position: int, count: int) -> torch.Tensor:
+    """A tensor without `count` entries at `position` of dimension `dim`."""
+    if not count:
+        return maps
+    before, _, behind = maps.split([position, count, maps.shape[dim] - position - count], dim=dim)
+    return torch.cat([before, behind], dim=dim)
+
+
+class _ScaleQueries(torch.autograd.Function):
     """Queries over a temperature.
 
     The gradient is computed from the result, which the attention keeps anyway; torch's own would keep the queries too.
@@ -72,13 +124,13 @@ class _Cool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:  # type: ignore[override]
-        cooled, temperature = ctx.saved_tensors
+        scaled, temperature = ctx.saved_tensors
         learns = ctx.needs_input_grad[1]
-        of_temperature = (grad * cooled).sum_to_size(temperature.shape) / -temperature if learns else None
+        of_temperature = (grad * scaled).sum_to_size(temperature.shape) / -temperature if learns else None
         return grad / temperature, of_temperature
 
 
-def cool(query: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+def scale_queries(query: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
     """Queries `(rows, ..., head_dim)` divided by a temperature, one for all or one per image.
 
     Args:
@@ -86,7 +138,8 @@ def cool(query: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
     """
     if temperature.shape[0] > 1:
         temperature = over_rows(temperature, query.shape[0])
-    return _Cool.apply(query, temperature.reshape(-1, *[1] * (query.dim() - 1)).to(query.dtype))
+    temperature = temperature.view(-1, *[1] * (query.dim() - 1)).to(query.dtype)
+    return _ScaleQueries.apply(query, temperature) if torch.is_grad_enabled() else query / temperature
 
 
 def _normed(block: nn.Module, spec: AttentionSpec, prompts: torch.Tensor) -> torch.Tensor:
@@ -104,8 +157,8 @@ def project_key_values(
         raise ValueError("the attention's key and value maps are not known")
     normed = _normed(block, spec, prompts)
     attention = submodule(block, spec.path)
-    keys = apply_head_map(attention, spec.key, normed, spec.heads)
-    values = apply_head_map(attention, spec.value, normed, spec.heads)
+    keys = apply_projection(attention, spec.key, normed, spec.heads)
+    values = apply_projection(attention, spec.value, normed, spec.heads)
     return keys, values
 
 
@@ -113,14 +166,16 @@ def project_queries(block: nn.Module, spec: AttentionSpec, prompts: torch.Tensor
     """Queries of prompts `(batch, prompts, width)`, as `(batch, heads, prompts, head_dim)`."""
     if spec.query is None:
         raise ValueError("the attention's query map is not known")
-    return apply_head_map(submodule(block, spec.path), spec.query, _normed(block, spec, prompts), spec.heads)
+    return apply_projection(submodule(block, spec.path), spec.query, _normed(block, spec, prompts), spec.heads)
 
 
 def over_rows(per_image: torch.Tensor, rows: int) -> torch.Tensor:
     """Expand `(batch or 1, ...)` to `rows` rows; with several rows per image (windows) images vary slowest."""
+    if per_image.shape[0] == rows:
+        return per_image
     if per_image.shape[0] == 1:
         return per_image.expand(rows, *per_image.shape[1:])
-    return per_image if per_image.shape[0] == rows else per_image.repeat_interleave(rows // per_image.shape[0], dim=0)
+    return per_image.repeat_interleave(rows // per_image.shape[0], dim=0)
 
 
 def insert_columns(mask: torch.Tensor, dim: int, position: int, count: int, value: Any) -> torch.Tensor:
@@ -146,7 +201,7 @@ def widen_mask(
     """
     additive = extras.mask_open if value is None else value
     opened: Any = additive if mask.is_floating_point() else 1
-    position, count = extras.inserted
+    position, count = extras.prefix, extras.inserted
     if count:
         if mask.shape[-1] == keys - count:
             mask = insert_columns(mask, -1, position, count, opened)

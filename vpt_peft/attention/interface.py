@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from .extras import AttentionExtras, cool, over_rows, project_key_values, widen_mask
+from .extras import (
+    AttentionExtras,
+    PromptedBlock,
+    over_rows,
+    project_key_values,
+    scale_queries,
+    widen_mask,
+    without_columns,
+)
 
-
-if TYPE_CHECKING:
-    from vpt_peft.tuners.vpt.layer import VPTLayer
 
 PREFIX = "vpt_"
-# Keyword argument of a block that makes its special tokens alone: all of its tokens, `(batch, tokens, width)`
-ALL_TOKENS = "vpt_all_tokens"
 
 
 class PromptedConfig:
@@ -26,7 +30,7 @@ class PromptedConfig:
     keeps the prompts. The model's own config is not touched, so masks are made as without prompts.
     """
 
-    def __init__(self, wrapped: Any, layer: VPTLayer) -> None:
+    def __init__(self, wrapped: Any, layer: PromptedBlock) -> None:
         self.wrapped = wrapped
         self.layer = layer
 
@@ -35,7 +39,7 @@ class PromptedConfig:
         name = self.wrapped._attn_implementation or "eager"
         prompted = PREFIX + name
         if prompted not in AttentionInterface._global_mapping:
-            AttentionInterface.register(prompted, prompted_attention)
+            AttentionInterface.register(prompted, partial(prompted_attention, name))
         return prompted
 
     def __getattr__(self, name: str) -> Any:
@@ -56,6 +60,7 @@ class _Unprompted:
 
 
 def prompted_attention(
+    name: str,
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -67,25 +72,27 @@ def prompted_attention(
     """The attention function of a prompted block: the chosen one, on keys and values that include the prompts.
 
     Args:
+        name: The chosen attention function.
+        module: The attention module.
         query, key, value: `(batch, heads, tokens, head_dim)`, from the module.
         attention_mask: As the chosen function takes it: a tensor, a flex `BlockMask` or `None`.
 
     Returns:
-        The output `(batch, tokens, heads, head_dim)` and the attention maps `(batch, heads, tokens, prompts + tokens)`
-        where the function returns them.
+        The output `(batch, tokens, heads, head_dim)` and the attention maps `(batch, heads, tokens, tokens)` where the
+        function returns them, without the rows and columns of prompts.
     """
-    config, tokens = module.config, kwargs.pop(ALL_TOKENS, None)
-    if tokens is not None:
-        # The module itself has seen the special tokens only, which ask; all tokens answer
-        key, value = project_key_values(config.layer.block, config.layer.spec.attention, tokens)
-    name = config.wrapped._attn_implementation or "eager"
-    function = _base_function(config, name)
-    extras = config.layer.attention_extras(query.dtype)
+    layer: PromptedBlock = module.config.layer
+    extras: AttentionExtras | None = layer.extras(query)
     if extras is None:
-        return function(_seen_by(name, module), query, key, value, attention_mask, *args, **kwargs)
+        return _base_function(layer, name)(_seen_by(name, module), query, key, value, attention_mask, *args, **kwargs)
+    if extras.maps is not None:
+        name = "eager"
+    if extras.all_tokens is not None:
+        # The module itself has seen the prefix tokens only, which ask; all tokens answer
+        key, value = project_key_values(layer.block, layer.spec.attention, extras.all_tokens)
     queries, keys, rows = query.shape[-2], key.shape[-2], query.shape[0]
     if extras.temperature is not None:
-        query = cool(query, extras.temperature)
+        query = scale_queries(query, extras.temperature)
     if attention_mask is not None:
         attention_mask = _widen(attention_mask, queries, keys, rows, extras)
     bias = kwargs.get("position_bias")
@@ -94,21 +101,26 @@ def prompted_attention(
     if extras.keys is not None and extras.values is not None:
         key = torch.cat([over_rows(extras.keys, rows), key], dim=2)
         value = torch.cat([over_rows(extras.values, rows), value], dim=2)
-    hidden = extras.hidden_columns(keys, rows)
-    if hidden is not None:
-        attention_mask = _hide_padding(attention_mask, hidden, query)
+    padding = extras.hidden_columns(keys, rows)
+    if padding is not None:
+        attention_mask = _hide_padding(attention_mask, padding, query)
     if extras.queries is not None:
         query = torch.cat([over_rows(extras.queries, rows), query], dim=2)
+    function = _base_function(layer, name)
     output, maps = function(_seen_by(name, module), query, key, value, attention_mask, *args, **kwargs)
     if extras.queries is not None:
         beside, output = output.split([extras.queries.shape[2], queries], dim=1)
-        config.layer.receive_side_outputs(beside)
+        layer.receive_outputs(beside)
         maps = maps[:, :, -queries:] if maps is not None else None
+    if maps is not None:
+        extras.record(maps)
+        maps = without_columns(maps[..., extras.prompts :], -1, extras.prefix, extras.inserted)
+        maps = without_columns(maps, -2, extras.prefix, extras.inserted)
     return output, maps
 
 
-def _base_function(config: PromptedConfig, name: str) -> Callable:
-    eager: Any = config.layer.spec.attention.eager
+def _base_function(layer: PromptedBlock, name: str) -> Callable:
+    eager: Any = layer.spec.attention.eager
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager) if name != "eager" else eager
 
 
@@ -127,7 +139,7 @@ def _widen_block_mask(mask: Any, queries: int, keys: int, extras: AttentionExtra
     """A flex `BlockMask` with prompts in front of the keys (and among the tokens): rebuilt, it cannot be padded."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    position, count = extras.inserted
+    position, count = extras.prefix, extras.inserted
     prompts, inner = extras.prompts, mask.mask_mod
 
     def mask_mod(batch, head, query, key):

@@ -26,8 +26,7 @@ from ..encoder import EncoderSpec, find_encoder, submodule
 from ..encoder.inputs import IMAGE_INPUTS, sample_inputs
 from ..encoder.quantized import has_packed_weights
 from ..methods import METHODS, MethodOptions
-from ..tuners.vpt.check import check_shortcuts
-from ..tuners.vpt.store import find_store
+from ..tuners.vpt.parameters import find_parameters
 from .meta_model import apply_to_meta_model, safetensors_bytes, saved_tensors
 from .simulation import StepCost, blank_copy, simulate_step
 
@@ -177,7 +176,7 @@ def estimate_costs(
         with torch.random.fork_rng(devices=[]):
             if method is not None and backbone not in specs:
                 found = find_encoder(model, backbone)
-                specs[backbone] = check_shortcuts(_base(model), submodule(model, found.path), found)
+                specs[backbone] = found
             meta_model, path = blank_copy(model, "meta", weights), None
             if method is not None:
                 path = specs[backbone].path
@@ -299,7 +298,7 @@ def _simulator(
     with mode:
         model = blank_copy(meta_model, device)
     base = _base(model)
-    store = find_store(model)
+    store = find_parameters(model)
     if store is not None:
         encoder: Any = store.encoder
     else:

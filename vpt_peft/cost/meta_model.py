@@ -15,7 +15,7 @@ from torch import nn
 from ..encoder import EncoderSpec, submodule
 from ..methods import METHODS, MethodOptions, apply_method, attach
 from ..tuners import VPTConfig
-from ..tuners.vpt.store import VPTPromptStore
+from ..tuners.vpt.parameters import VPTParameters
 
 
 SAFETENSORS_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -46,12 +46,8 @@ def apply_to_meta_model(model: Any, spec: EncoderSpec, method: str | PeftConfig,
             # With the store in place the encoder is not traced again, which takes weights; PEFT takes it for an earlier
             # adapter, beside which it freezes nothing
             model.requires_grad_(False)
-            VPTPromptStore(spec, submodule(model, spec.path), model).attach()
+            VPTParameters(spec, submodule(model, spec.path), model).attach()
         adapted = attach(model, config)
-    if isinstance(config, VPTConfig) and config.bias == "all":
-        for name, parameter in adapted.named_parameters():
-            if "bias" in name and ".original_module." not in name:
-                parameter.requires_grad_(True)
     return adapted
 
 

@@ -1,7 +1,8 @@
-"""Where blocks, norms and attention are in whatever vision encoder came in, found by looking at it at run time."""
+"""Find the blocks, norms and attention of any vision encoder by running it."""
 
 from .find import describe_encoder, find_encoder
-from .spec import AttentionSpec, BlockSpec, EncoderError, EncoderSpec, HeadMap, submodule
+from .reading import read_blocks
+from .spec import AttentionSpec, BlockSpec, EncoderError, EncoderSpec, Projection, submodule
 
 
 __all__ = [
@@ -9,8 +10,9 @@ __all__ = [
     "BlockSpec",
     "EncoderError",
     "EncoderSpec",
-    "HeadMap",
+    "Projection",
     "describe_encoder",
     "find_encoder",
+    "read_blocks",
     "submodule",
 ]

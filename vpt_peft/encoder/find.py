@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .inputs import IMAGE_INPUTS, sample_inputs
-from .maps import match_map
+from .inputs import IMAGE_INPUTS, channel_counts, is_packed, sample_inputs
+from .projections import match_projection
 from .spec import AttentionSpec, BlockSpec, EncoderError, EncoderSpec
 from .trace import AttentionCall, Call, Trace, block_arguments, first_tensor, in_eval, trace_encoder
 
@@ -37,8 +37,9 @@ def find_encoder(model: nn.Module, backbone: str | None = None) -> EncoderSpec:
     found = _candidates(model)
     if not found:
         raise EncoderError(
-            f"{type(model).__name__} has no vision encoder: no part of it takes `pixel_values`. Prompts are for vision "
-            "transformers; pass a transformers vision model or a model with a vision tower."
+            f"{type(model).__name__} has no vision encoder: no part of it takes `pixel_values`, or patches with their "
+            "`grid_thw`. Prompts are for vision transformers; pass a transformers vision model or a model with a vision "
+            "tower."
         )
     specs, failures = [], []
     for path, encoder in found:
@@ -74,7 +75,7 @@ def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
         (path, module)
         for path, module in model.named_modules()
         if hasattr(module, "config")
-        and any(name in signature(module.forward).parameters for name in IMAGE_INPUTS)
+        and (any(name in signature(module.forward).parameters for name in IMAGE_INPUTS) or is_packed(module))
         and any(_is_stack(child) for child in module.modules())
     ]
     return [
@@ -134,16 +135,17 @@ def _describe(encoder: nn.Module, path: str, trace: Trace, inputs: dict[str, Any
         blocks.append(known[signature])
     first, last = runs[order[0]], runs[order[-1]]
     images = first_tensor(inputs)
+    plain = images if images is not None and images.dim() >= 4 and not is_packed(encoder) else None
+    convolutions = [call for call in trace.calls if isinstance(call.module, (nn.Conv2d, nn.Conv3d))]
     return EncoderSpec(
         path=path,
         blocks=tuple(blocks),
         special=_special_positions(encoder, first, inputs),
         final_norm=_final_norm(trace, last),
-        patch_embedding=next(
-            (c.path for c in trace.calls if isinstance(c.module, (nn.Conv2d, nn.Conv3d)) and c.order < first.order),
-            None,
-        ),
-        image_size=(images.shape[-2], images.shape[-1]) if images is not None and images.dim() >= 4 else None,
+        patch_embedding=next((c.path for c in convolutions if plain is not None and c.order < first.order), None),
+        image_size=(plain.shape[-2], plain.shape[-1]) if plain is not None else None,
+        channels=plain.shape[-3] if plain is not None else channel_counts(encoder)[0],
+        packed=is_packed(encoder),
         merges=_merges(trace, [runs[block] for block in order]),
         model_type=str(getattr(encoder.config, "model_type", "")),
     )
@@ -173,7 +175,7 @@ def _describe_block(
     if twin is not None and twin.attention.key is not None:
         query, key, value = twin.attention.query, twin.attention.key, twin.attention.value
     else:
-        query, key, value = _match_maps(attention, inner)
+        query, key, value = _match_projections(attention, inner)
     heads = 0
     if key is not None:
         made_from = next(c for c in inner if c.path == f"{attention.path}.{key.path}")
@@ -199,7 +201,8 @@ def _describe_block(
         eager=attention.eager,
         mask_open=_open_value(mask),
     )
-    reason = _why_no_tokens(block, call, attention)
+    packed = "its blocks take the tokens of all images as one sequence"
+    reason = packed if is_packed(encoder) else _why_no_tokens(block, call, attention)
     windowed = (
         bool(reason)
         and block.input.dim() == 3
@@ -212,7 +215,7 @@ def _describe_block(
     return BlockSpec(
         path=path,
         width=call.input.shape[-1],
-        tokens=math.prod(block.input.shape[1:-1]),
+        tokens=math.prod(block.input.shape[1:-1] if block.input.dim() > 2 else block.input.shape[:1]),
         attention=spec,
         argument=block.argument,
         takes_tokens=not reason,
@@ -222,11 +225,11 @@ def _describe_block(
     )
 
 
-def _match_maps(attention: AttentionCall, inner: list[Call]):
+def _match_projections(attention: AttentionCall, inner: list[Call]):
     """Query, key and value maps; all `None` where keys or values are not found."""
     if attention.value is not None:
         query, key, value = (
-            match_map(attention.module, inner, target, attention.path, name)
+            match_projection(attention.module, inner, target, attention.path, name)
             for name, target in (("query", attention.query), ("key", attention.key), ("value", attention.value))
         )
         if key is not None and value is not None:
@@ -314,6 +317,7 @@ def _special_positions(encoder: nn.Module, first: Call, inputs: dict[str, Any]) 
         return kwargs[first.argument] if first.argument else args[0]
 
     positions: set[int] = set()
+    generator = torch.Generator().manual_seed(0)
     base = None
     for name, parameter in encoder.named_parameters():
         leaf = name.rsplit(".", 1)[-1]
@@ -327,8 +331,8 @@ def _special_positions(encoder: nn.Module, first: Call, inputs: dict[str, Any]) 
         base = block_input() if base is None else base
         kept = parameter.detach().clone()
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                parameter.add_(torch.randn_like(parameter))
+            with torch.no_grad():
+                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter))
             moved = (block_input() - base).abs().amax(dim=(0, 2)) > 1e-6
         finally:
             with torch.no_grad():

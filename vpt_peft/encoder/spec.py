@@ -1,29 +1,32 @@
-"""What is known of a vision encoder once it has been looked at: its blocks, norms, attention maps and token layout."""
+"""What the search finds out about a vision encoder: its blocks, norms, attention projections and token layout."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 
 class EncoderError(ValueError):
-    """The model holds no vision encoder that prompts can be attached to; the message says why and what to do."""
+    """The model has no vision encoder that prompts can be attached to; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
-class HeadMap:
-    """One linear map of an attention module and how its output splits into heads.
+class Projection:
+    """A linear projection of an attention module and how its output splits into heads.
 
     Args:
-        path: Dotted path of the map, relative to the attention module.
-        parts: How many of query, key and value the map makes at once (1: split maps, 3: a fused `qkv`).
-        part: Which of the parts is meant.
+        path: Dotted path of the linear layer, relative to the attention module.
+        parts: How many of query, key and value the layer computes at once (1: separate layers, 3: a fused `qkv`).
+        part: Index of this projection among the parts.
         heads_first: The output is laid out `(heads, parts, head_dim)` instead of `(parts, heads, head_dim)`.
-        norm: Dotted path of a norm on the result (a key norm), relative to the attention module.
+        norm: Dotted path of a norm applied to the result (a key norm), relative to the attention module.
         norm_per_head: The norm runs over `head_dim`, not over the full width.
         unit_length: The result is scaled to unit length per head (cosine attention).
-        exact: The map was recognised by its values, not only by lengths that rotary embeddings leave alone.
+        bias: Dotted paths of parameters whose concatenation is added to the layer's output, relative to the attention
+            module; empty where the layer has its own bias, or none.
+        exact: Recognised by its values, not only by vector lengths, which rotary embeddings preserve.
     """
 
     path: str
@@ -33,6 +36,7 @@ class HeadMap:
     norm: str | None = None
     norm_per_head: bool = False
     unit_length: bool = False
+    bias: tuple[str, ...] = ()
     exact: bool = True
 
 
@@ -43,20 +47,20 @@ class AttentionSpec:
     Args:
         path: Dotted path of the attention module, relative to the block.
         norm: Dotted path of the norm whose output the attention reads, relative to the block; `None` for post-norm.
-        query, key, value: The maps that make queries, keys and values, `None` where none was found.
-        out: The map that joins the heads, `None` where none was found.
+        query, key, value: The projections of queries, keys and values, `None` if not found.
+        out: Dotted path of the output projection, relative to the attention module; `None` if not found.
         heads: Number of key/value heads.
         head_dim: Width of one head.
-        uses_interface: The module calls transformers' `AttentionInterface`; else its torch calls are intercepted.
-        eager: The eager function the module falls back to, `None` without the interface.
+        uses_interface: The module calls transformers' `AttentionInterface`; otherwise its torch calls are intercepted.
+        eager: The module's own eager attention function, `None` without the interface.
         mask_open: The value a float attention mask holds where attention is allowed.
     """
 
     path: str
     norm: str | None
-    query: HeadMap | None
-    key: HeadMap | None
-    value: HeadMap | None
+    query: Projection | None
+    key: Projection | None
+    value: Projection | None
     out: str | None
     heads: int
     head_dim: int
@@ -71,14 +75,14 @@ class BlockSpec:
 
     Args:
         path: Dotted path, relative to the encoder.
-        width: Width of its tokens.
-        tokens: Number of tokens it received while traced.
+        width: Hidden size of its tokens.
+        tokens: Number of tokens it received in the traced pass.
         attention: Its self-attention.
-        argument: Name of the argument that holds its tokens, `None` if they come first by position.
-        takes_tokens: Prompt tokens may stand in its input sequence, of shape `(batch, tokens, width)`.
-        no_tokens_reason: Why not, where they may not.
-        windowed: Its attention runs in windows, which it cuts itself (Swin and its kin).
-        tail: Modules from the second norm to the end, for windowed blocks (relative paths).
+        argument: Name of the keyword argument that holds its tokens, `None` if they are the first positional one.
+        takes_tokens: Prompt tokens can be inserted into its input, of shape `(batch, tokens, width)`.
+        no_tokens_reason: Why they cannot; empty if they can.
+        windowed: It partitions its tokens into attention windows itself (Swin and similar).
+        tail: For windowed blocks, paths of the modules from the second norm to the end, relative to the block.
     """
 
     path: str
@@ -97,18 +101,18 @@ class EncoderSpec:
     """A vision encoder as found inside a model.
 
     Args:
-        path: Dotted path of the encoder in the model it was found in ("" for the model itself).
+        path: Dotted path of the encoder inside the model ("" for the model itself).
         blocks: Its blocks, in the order they run.
         special: Positions of class, register and other non-patch tokens at the first block's input.
         final_norm: Dotted path of the norm over all tokens after the last block, `None` if there is none.
-        patch_embedding: Dotted path of the convolution that embeds patches, `None` if there is none.
-        image_size: (height, width) in pixels of the input it was traced with.
-        merges: Patch mergings between stages: (index of the next block, dotted paths of the norm and reduction in the
-            order they run).
+        patch_embedding: Dotted path of the convolution that embeds the patches of an image, `None` if there is none.
+        image_size: (height, width) in pixels of the traced input, `None` if the encoder takes no plain images.
+        channels: Number of channels of its images.
+        packed: A batch is one sequence `(tokens, width)` without a batch dimension, in which every image attends to
+            itself only.
+        merges: Patch merging between stages: (index of the next block, dotted paths of norm and reduction in the order
+            they run).
         model_type: The encoder config's `model_type`.
-        joins: Prompt tokens may stay in the sequence from one block to the next (tried out when prompts are attached).
-        reads_special: The output of the whole model depends on the special tokens of the last block alone, and the block
-            can make them alone (tried out when prompts are attached).
     """
 
     path: str
@@ -117,14 +121,14 @@ class EncoderSpec:
     final_norm: str | None = None
     patch_embedding: str | None = None
     image_size: tuple[int, int] | None = None
+    channels: int = 3
+    packed: bool = False
     merges: tuple[tuple[int, tuple[str, ...]], ...] = ()
     model_type: str = ""
-    joins: bool = False
-    reads_special: bool = False
 
     @property
-    def prefix(self) -> int:
-        """Number of special tokens in front of the patches: prompts stand right behind them."""
+    def num_prefix_tokens(self) -> int:
+        """Number of special tokens in front of the patches; prompts are inserted right after them."""
         count = 0
         while count in self.special:
             count += 1
@@ -132,7 +136,13 @@ class EncoderSpec:
 
 
 def submodule(root: Any, path: str) -> Any:
-    """The module at a dotted path, looked up by attribute so that wrappers added later are found."""
-    for name in path.split(".") if path else ():
-        root = getattr(root, name)
+    """The module at a dotted path, looked up at each call so that wrappers added later are found."""
+    for name in _names(path):
+        child = root._modules.get(name)
+        root = getattr(root, name) if child is None else child
     return root
+
+
+@cache
+def _names(path: str) -> tuple[str, ...]:
+    return tuple(path.split(".")) if path else ()

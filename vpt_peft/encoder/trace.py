@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,11 +21,16 @@ from .quantized import allow_packing, forbid_packing
 MATRIX_PRODUCTS = frozenset({torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.bmm, torch.Tensor.__matmul__})
 SOFTMAXES = frozenset({torch.softmax, torch.nn.functional.softmax, torch.Tensor.softmax})
 SDPA = torch.nn.functional.scaled_dot_product_attention
+# A trace replaces the look-up of attention functions, which all models share
+_one_trace = threading.Lock()
 
 
 @dataclass
 class Call:
-    """One execution of a module: its path, first tensor argument (its name, if by keyword) and first tensor output."""
+    """One call of a module: its path, first tensor argument (with its name, if passed by keyword) and first output.
+
+    `bias` holds dotted paths of parameters outside the module whose concatenation was added to its output.
+    """
 
     path: str
     module: nn.Module
@@ -32,11 +38,12 @@ class Call:
     argument: str | None = None
     output: torch.Tensor | None = None
     order: int = -1
+    bias: tuple[str, ...] = ()
 
 
 @dataclass
 class AttentionCall:
-    """One softmax attention inside a module: `query`, `key`, `value` as the attention arithmetic received them."""
+    """One softmax attention inside a module, with `query`, `key` and `value` as they enter the product."""
 
     path: str
     module: nn.Module
@@ -51,7 +58,7 @@ class AttentionCall:
 
 @dataclass
 class Trace:
-    """All calls of one forward pass; `order` counts finished modules and attention calls."""
+    """All calls of one forward pass; `order` counts modules and attention calls as they finish."""
 
     calls: list[Call] = field(default_factory=list)
     attention: list[AttentionCall] = field(default_factory=list)
@@ -59,7 +66,7 @@ class Trace:
 
 
 def first_tensor(value: Any) -> torch.Tensor | None:
-    """The first tensor in a nest of tuples, lists and dicts (hidden states come first in every block)."""
+    """The first tensor in nested tuples, lists and dicts (hidden states come first in every block)."""
     if isinstance(value, torch.Tensor):
         return value
     items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
@@ -67,7 +74,7 @@ def first_tensor(value: Any) -> torch.Tensor | None:
 
 
 class Recorder(TorchFunctionMode):
-    """Watches modules, `AttentionInterface` look-ups and softmax attention while active."""
+    """Records module calls, `AttentionInterface` look-ups and softmax attention while active."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -75,10 +82,20 @@ class Recorder(TorchFunctionMode):
         self.stack: list[Call] = []
         self.trace = Trace()
         self.products: list[tuple[Call, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        owned = ((module, module._parameters.get("weight")) for module in self.paths)
+        self.owners = {id(weight): module for module, weight in owned if weight is not None}
+        self.joined: dict[int, tuple[torch.Tensor, tuple[str, ...]]] = {}
         self.inside_interface = False
+        self.thread = threading.get_ident()
         self.count = 0
 
+    def is_elsewhere(self) -> bool:
+        """Whether the code that asks runs in another thread, and so belongs to another forward pass."""
+        return threading.get_ident() != self.thread
+
     def enter_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.is_elsewhere():
+            return
         tokens, argument = first_tensor(args), None
         if tokens is None:
             argument = next((name for name, value in kwargs.items() if isinstance(value, torch.Tensor)), None)
@@ -87,6 +104,8 @@ class Recorder(TorchFunctionMode):
         self.stack.append(Call(self.paths[module], module, tokens, argument))
 
     def leave_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self.is_elsewhere():
+            return
         call = self.stack.pop()
         call.output, call.order = first_tensor(output), self.tick()
         self.trace.calls.append(call)
@@ -117,6 +136,11 @@ class Recorder(TorchFunctionMode):
                 self.see_product(args[0], args[1], result)
             elif func in SOFTMAXES:
                 self.see_softmax(args[0] if args else kwargs["input"])
+            elif func is torch.nn.functional.linear:
+                names = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+                self.see_linear(names["input"], names["weight"], names.get("bias"), result)
+            elif func is torch.cat:
+                self.see_joined(args[0] if args else kwargs["tensors"], result)
             elif func is SDPA:
                 names = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
                 top = self.stack[-1]
@@ -137,17 +161,48 @@ class Recorder(TorchFunctionMode):
         self.products.append((self.stack[-1], left, right, result))
 
     def see_softmax(self, scores: torch.Tensor) -> None:
-        top = self.stack[-1]
         for call, left, right, result in reversed(self.products):
-            if call is top and result.shape[-2:] == scores.shape[-2:]:
+            # The softmax may be a module inside the one that takes the product
+            if any(call is each for each in self.stack[-2:]) and result.shape[-2:] == scores.shape[-2:]:
                 key = right.transpose(-1, -2)
-                self.trace.attention.append(AttentionCall(top.path, top.module, left, key, None, order=self.tick()))
+                self.trace.attention.append(AttentionCall(call.path, call.module, left, key, None, order=self.tick()))
                 return
+
+    def see_joined(self, parts: Any, result: torch.Tensor) -> None:
+        """Remember a bias made of several parameters or buffers of the module that runs."""
+        names = [self.name_of(part) for part in parts] if result.dim() == 1 else [None]
+        if all(names):
+            self.joined[id(result)] = result, tuple(name for name in names if name)
+
+    def see_linear(
+        self, tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, result: torch.Tensor
+    ) -> None:
+        """Record a linear layer whose weight is used without calling the layer, with a bias from elsewhere."""
+        owner = self.owners.get(id(weight))
+        if owner is None or owner is self.stack[-1].module:
+            return
+        names: tuple[str, ...] = ()
+        own = owner._parameters.get("bias")
+        if own is not bias:
+            if own is not None or bias is None:
+                return
+            name = self.name_of(bias)
+            names = (name,) if name else self.joined.get(id(bias), (bias, ()))[1]
+            if not names and bias.any():
+                return
+        self.trace.calls.append(Call(self.paths[owner], owner, tokens, None, result, self.tick(), names))
+
+    def name_of(self, tensor: torch.Tensor) -> str | None:
+        """Dotted path of a parameter or buffer of the module that runs."""
+        top = self.stack[-1]
+        own = {**top.module._parameters, **top.module._buffers}
+        found = next((name for name, value in own.items() if value is tensor), None)
+        return f"{top.path}.{found}".lstrip(".") if found else None
 
 
 @contextmanager
 def in_eval(module: nn.Module) -> Iterator[None]:
-    """Put a module in eval mode and give every submodule its own mode back afterwards."""
+    """Put a module in eval mode and restore the mode of every submodule afterwards."""
     modes = [(child, child.training) for child in module.modules()]
     module.eval()
     unpacked = forbid_packing(module)
@@ -159,41 +214,62 @@ def in_eval(module: nn.Module) -> Iterator[None]:
             child.training = mode
 
 
-def trace_encoder(encoder: nn.Module, inputs: dict[str, Any]) -> Trace:
-    """One forward pass of `encoder` under a recorder, in eval mode, without gradients or random side effects.
+@contextmanager
+def random_state_kept(model: nn.Module, seed: int | None = None) -> Iterator[None]:
+    """Give the generators of the CPU and of the model's GPUs their state back afterwards.
 
-    A failing forward pass is reported in `Trace.failure`, with what was seen up to then.
+    Args:
+        model: What is going to run.
+        seed: Seed of these generators for the time being, `None` to go on from their state.
     """
-    recorder = Recorder(encoder)
-    removers = []
-    for module in recorder.paths:
-        removers.append(module.register_forward_pre_hook(recorder.enter_module, with_kwargs=True))
-        removers.append(module.register_forward_hook(recorder.leave_module, with_kwargs=True))
-
-    def get_interface(interface, name, default):
-        return recorder.get_interface(name, default)
-
-    try:
-        with (
-            in_eval(encoder),
-            torch.no_grad(),
-            torch.random.fork_rng(devices=[]),
-            patch.object(AttentionInterface, "get_interface", get_interface),
-            recorder,
-        ):
-            encoder(**inputs)
-    except Exception as failure:
-        recorder.trace.failure = failure
-    finally:
-        for remover in removers:
-            remover.remove()
-    return recorder.trace
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        if seed is not None:
+            # `torch.manual_seed` would also seed GPUs that are not the model's
+            for generator in (torch.default_generator, *(torch.cuda.default_generators[index] for index in devices)):
+                generator.manual_seed(seed)
+        yield
 
 
-def shaken(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, torch.Tensor]:
-    """Named parameters with some noise, for `torch.func.functional_call`; quantised ones are left out.
+def trace_encoder(encoder: nn.Module, inputs: dict[str, Any]) -> Trace:
+    """Run `encoder` once under a recorder, in eval mode, without gradients, leaving the random state as it was.
 
-    Weights that are zero (a new head, say) would hide what an output depends on.
+    If the pass fails, `Trace.failure` holds the exception and the trace what was recorded until then.
+    """
+    with _one_trace:
+        recorder = Recorder(encoder)
+        find_function = AttentionInterface.get_interface
+
+        def get_interface(interface: AttentionInterface, name: str, default: Callable) -> Callable:
+            if recorder.is_elsewhere():
+                return find_function(interface, name, default)
+            return recorder.get_interface(name, default)
+
+        removers = []
+        for module in recorder.paths:
+            removers.append(module.register_forward_pre_hook(recorder.enter_module, with_kwargs=True))
+            removers.append(module.register_forward_hook(recorder.leave_module, with_kwargs=True))
+        try:
+            with (
+                in_eval(encoder),
+                torch.no_grad(),
+                random_state_kept(encoder),
+                patch.object(AttentionInterface, "get_interface", get_interface),
+                recorder,
+            ):
+                encoder(**inputs)
+        except Exception as failure:
+            recorder.trace.failure = failure
+        finally:
+            for remover in removers:
+                remover.remove()
+        return recorder.trace
+
+
+def perturbed(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, torch.Tensor]:
+    """Named parameters plus noise, for `torch.func.functional_call`; quantised ones are left out.
+
+    Zero weights, as in a new head, would hide what an output depends on.
     """
     generator = torch.Generator().manual_seed(0)
     return {
@@ -206,7 +282,7 @@ def shaken(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, torch.Te
 
 
 class _Reached(Exception):
-    """Ends a forward pass at a block whose arguments are wanted."""
+    """Ends a forward pass at the block whose arguments are asked for."""
 
 
 def block_arguments(encoder: nn.Module, block: nn.Module, inputs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -219,8 +295,7 @@ def block_arguments(encoder: nn.Module, block: nn.Module, inputs: dict[str, Any]
 
     handle = block.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        with in_eval(encoder), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with in_eval(encoder), torch.no_grad(), random_state_kept(encoder, seed=0):
             encoder(**inputs)
     except _Reached:
         pass

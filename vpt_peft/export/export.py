@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoImageProcessor, PreTrainedModel
 
 from ..files import written_beside
-from ..tuners.vpt.store import find_store
+from ..tuners.vpt.parameters import find_parameters
 from .files import compare, write_onnx, write_torch
 from .metadata import make_metadata
 from .prepare import float_copy, merge_prompts, random_images, sample, trace
@@ -181,7 +181,7 @@ def _base_model(model: Any) -> PreTrainedModel:
 
 def _active_adapter(model: nn.Module) -> str:
     """The one prompt adapter that is active."""
-    store = find_store(model)
+    store = find_parameters(model)
     known = [] if store is None else list(store.configs)
     active = [] if store is None else [name for name in store.active_names() if name in store.configs]
     if len(active) > 1:

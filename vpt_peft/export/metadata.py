@@ -10,7 +10,7 @@ from peft import __version__ as peft_version
 from transformers import PreTrainedModel
 from transformers import __version__ as transformers_version
 
-from ..tuners.vpt.store import find_store
+from ..tuners.vpt.parameters import find_parameters
 from ..version import __version__
 
 
@@ -36,7 +36,7 @@ def make_metadata(
         images: A batch that the file takes, `(batch, ..., height, width)`.
         has_labels: The model gives logits.
     """
-    store = find_store(model)
+    store = find_parameters(model)
     config = {} if store is None else store.configs[adapter].to_dict()
     base = config.get("base_model_name_or_path") or model.config._name_or_path
     values: dict[str, Any] = {

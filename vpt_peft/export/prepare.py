@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..encoder.inputs import image_size as configured_size
 from ..encoder.inputs import sample_inputs
 from ..tuners.vpt.layer import PromptTunerLayer
-from ..tuners.vpt.store import find_store
+from ..tuners.vpt.parameters import find_parameters
 
 
 if TYPE_CHECKING:
@@ -59,10 +59,10 @@ def float_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 def merge_prompts(model: nn.Module, adapter: str) -> None:
     """Make deep prompts constant keys and values, again where they were merged in another dtype."""
-    store = find_store(model)
+    store = find_parameters(model)
     for layer in store.layers if store is not None else ():
         layer.unmerge_prompts()
-        layer.merge_prompts([adapter])
+        layer.merge_prompts(store.adapter(adapter))
 
 
 def sample(
@@ -78,7 +78,7 @@ def sample(
     Raises:
         ValueError: The model does not run on images alone, or not on images of this size.
     """
-    store = find_store(model)
+    store = find_parameters(model)
     encoder = model if store is None else store.encoder
     size = size or processor_size(image_processor)
     accepted, failure = signature(model.forward).parameters, None

@@ -13,9 +13,10 @@ from accelerate import PartialState
 
 from ..files import write_json
 from ..reporting import describe
-from ..training.card import add_test_results
-from ..training.data import load_image_dataset
-from ..training.inference import evaluate_model, load_adapter_model
+from ..tasks import get_task
+from ..training.evaluation import evaluate_model
+from ..training.facts import add_test_results
+from ..training.inference import load_adapter_model
 from .grid import Grid
 from .study import import_optuna, run_study
 from .trials import RUN_RESULT, Trial, claim_folder, parse_run, read_result, run_trial, write_results
@@ -85,7 +86,7 @@ def test_once(grid: Grid, best: Trial, metric: str) -> None:
     """Evaluate the runs of the best trial on the test split, if the data have one, and save the results with them."""
     arguments = [parse_run(grid, best.settings, seed) for seed in grid.seeds]
     data, model = arguments[0].data, arguments[0].model
-    if "test" not in load_image_dataset(data, token=model.token, cache_dir=model.cache_dir):
+    if "test" not in get_task(model.task).read(data, token=model.token, cache_dir=model.cache_dir):
         return
     for run, metrics in zip(arguments, best.metrics, strict=True):
         if f"test_{metric}" not in metrics:
@@ -93,7 +94,7 @@ def test_once(grid: Grid, best: Trial, metric: str) -> None:
             classifier, processor = load_adapter_model(folder, token=model.token, cache_dir=model.cache_dir)
             batch_size = run.training.per_device_eval_batch_size
             classifier.to(run.training.device)  # type: ignore[arg-type]
-            found = evaluate_model(classifier, processor, data, "test", batch_size, model.token)
+            found = evaluate_model(classifier, processor, data, "test", batch_size, model.token, get_task(model.task))
             metrics |= {f"test_{name}": value for name, value in found.items()}
             keep_test_results(folder, metrics)
 

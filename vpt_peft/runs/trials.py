@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from ..data.images import DataError
 from ..files import RUN_RECORD, write_json
 from ..reporting import describe
 from ..training.arguments import Arguments, parse_args
-from ..training.data import DataError
 from ..training.output import last_checkpoint
 from ..training.train import train
 from ..training.trainer import TrainingDiverged

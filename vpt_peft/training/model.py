@@ -14,7 +14,6 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
-    AutoModelForImageClassification,
     PreTrainedModel,
     ViTConfig,
     ViTForImageClassification,
@@ -24,8 +23,9 @@ from transformers.utils import logging as transformers_logging
 from ..embedded import EMBEDDED_FOLDERS, embedded_path
 from ..methods import METHODS, MethodOptions, apply_method
 from ..methods.structure import Classifier, find_head
+from ..tasks import get_task
 from .arguments import GATE_FIELDS, PROMPT_FIELDS, MethodArguments, ModelArguments
-from .recipes import split_trainable
+from .optim import split_trainable
 
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def load_backbone(model_args: ModelArguments, id2label: Mapping[int, str]) -> Pr
     }
     with _named(model_args):
         config = AutoConfig.from_pretrained(path, **source)
-    loader: Any = AutoModelForImageClassification
+    loader: Any = get_task(model_args.task).auto_class
     if config.model_type == "vit_mae":
         config, loader = ViTConfig.from_dict({**config.to_dict(), "model_type": "vit"}), ViTForImageClassification
     config.id2label, config.label2id = labels, {name: index for index, name in labels.items()}

@@ -1,10 +1,9 @@
-"""The output folder: refused where it is not ours, resumed where a run broke off, and never left half-written."""
+"""The output folder: refused unless it is ours, resumed where a run broke off, and never left half-written."""
 
 from __future__ import annotations
 
 import errno
 import json
-import logging
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -19,8 +18,6 @@ from ..files import RUN_RECORD, write_json
 from .arguments import VPTTrainingArguments
 
 
-logger = logging.getLogger(__name__)
-
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # Of safetensors, then of torch.save
 _WRITE_SIGNS = ("Error while serializing", "PytorchStreamWriter", "file write failed", "unexpected pos")
@@ -31,7 +28,11 @@ _RESULTS = ("adapter_model.safetensors", "vpt_peft_baseline.json", "all_results.
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run; one whose writing broke off lacks a readable trainer_state.json."""
+    """Return the newest complete checkpoint of a run.
+
+    transformers' `get_last_checkpoint` would return one whose writing broke off; that one lacks a readable
+    trainer_state.json, which is written last.
+    """
     complete = []
     for path in Path(folder).glob("checkpoint-*"):
         match = _CHECKPOINT.fullmatch(path.name)
@@ -47,9 +48,8 @@ def last_checkpoint(folder: str | Path) -> Path | None:
 def prepare_output_dir(training: VPTTrainingArguments) -> Path | None:
     """Check the output folder before anything is computed; return the checkpoint to resume from, or None.
 
-    Nothing is written or removed yet; that is for `claim_output_dir`.
-
-    `resume_from_checkpoint` may be a folder, or "true" / "last" for the newest complete checkpoint in output_dir.
+    Nothing is written or removed yet; `claim_output_dir` does that. `resume_from_checkpoint` may be a folder, or
+    "true" / "last" for the newest complete checkpoint in output_dir.
 
     Raises:
         FileExistsError: output_dir holds files that are not ours, or results while neither resuming nor overwriting.
@@ -67,13 +67,12 @@ def prepare_output_dir(training: VPTTrainingArguments) -> Path | None:
     if training.resume_from_checkpoint is not None:
         return _resume_point(folder, training.resume_from_checkpoint)
     taken = last_checkpoint(folder) or next((folder / name for name in _RESULTS if (folder / name).exists()), None)
-    if taken is not None:
-        if not training.overwrite_output_dir:
-            raise FileExistsError(
-                f"output_dir={str(folder)!r} holds the results of an earlier run ({taken.name}); add "
-                "--resume_from_checkpoint last to go on with it, --overwrite_output_dir to replace it, or give "
-                "another folder."
-            )
+    if taken is not None and not training.overwrite_output_dir:
+        raise FileExistsError(
+            f"output_dir={str(folder)!r} holds the results of an earlier run ({taken.name}); add "
+            "--resume_from_checkpoint last to continue it, --overwrite_output_dir to replace it, or give another "
+            "folder."
+        )
     return None
 
 
@@ -81,7 +80,7 @@ def prepare_output_dir(training: VPTTrainingArguments) -> Path | None:
 def claim_output_dir(training: VPTTrainingArguments, record: Mapping[str, Any]) -> Iterator[Path]:
     """Make the output folder this run's: no other can write to it in the block, and `record` is in it.
 
-    Without resuming, checkpoints of an earlier run go, as they would be taken for this run's.
+    Unless the run resumes, checkpoints of an earlier run go, as they would be taken for this run's.
 
     Raises:
         FileExistsError: another run is writing to the folder.
@@ -119,7 +118,7 @@ def _resume_point(folder: Path, wanted: str) -> Path:
         return checkpoint
     if not (Path(wanted) / "trainer_state.json").is_file():
         raise FileNotFoundError(
-            f"resume_from_checkpoint={wanted!r} is no complete checkpoint (no trainer_state.json); give a "
+            f"resume_from_checkpoint={wanted!r} is not a complete checkpoint (no trainer_state.json); give a "
             "checkpoint-* folder, or 'last' for the newest one in output_dir."
         )
     return Path(wanted)
@@ -140,7 +139,7 @@ def full_disk_explained(folder: str | Path) -> Iterator[None]:
             raise
         checkpoint = last_checkpoint(folder)
         onward = (
-            f"{checkpoint} is complete: go on with --resume_from_checkpoint last."
+            f"{checkpoint} is complete: continue with --resume_from_checkpoint last."
             if checkpoint
             else "No checkpoint is complete; start again with --overwrite_output_dir."
         )

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from vpt_peft.encoder import EncoderError, EncoderSpec
 from vpt_peft.tuners.vpt.model import VPTModel
+
+from .layer import GatedPromptAdapter
 
 
 class GatedVPTModel(VPTModel):
@@ -28,3 +33,20 @@ class GatedVPTModel(VPTModel):
     """
 
     prefix: str = "gated_prompt_"
+    adapter_cls = GatedPromptAdapter
+
+    def check_config(self, config: Any, spec: EncoderSpec) -> None:
+        """Check what depends on the encoder, before anything is made.
+
+        Raises:
+            EncoderError: A block's attention is not known, so that it can have no temperature.
+            ValueError: More gates than blocks with a block behind them.
+        """
+        super().check_config(config, spec)
+        most = len(spec.blocks) - 1
+        if config.num_gates is not None and config.num_gates > most:
+            raise ValueError(
+                f"num_gates={config.num_gates} is more than the {most} blocks that have a block behind them."
+            )
+        if config.attention_temperature and any(block.attention.key is None for block in spec.blocks):
+            raise EncoderError("attention_temperature needs attention that is known; set attention_temperature=False.")

@@ -20,6 +20,7 @@ PIXEL_LOCATIONS = ("prepend_pixel", "pad", "channel")
 POOLINGS = (None, "class", "image", "prompt", "image_prompt")
 INITS = ("xavier_uniform", "normal", "zeros")
 IMPLEMENTATIONS = ("auto", "kv", "token")
+BIAS_PLACES = ("value", "output", "mlp", "norm")
 
 
 def check_int(name: str, value: Any, least: int = 1, most: int | None = None) -> None:
@@ -116,11 +117,10 @@ class VPTConfig(PeftConfig):
         metadata={"help": "Prompts as keys and values ('kv'), as tokens, or as keys and values wherever exact."},
     )
     skip_unread: bool = field(
-        default=True,
+        default=False,
         metadata={
-            "help": "Where the output of a transformers model depends on the class token alone and nobody looks at the "
-            "others (no hooks, no hidden states), the last block makes only that. Where this holds is found out when "
-            "the first adapter is attached; whoever exchanges parts of the model later turns it off."
+            "help": "The last block makes its class and register tokens only, for models whose head reads no others. What "
+            "it gives for the patches (last hidden state, last attention map) is undefined then. Not saved."
         },
     )
     base_in_eval: bool = field(
@@ -128,10 +128,7 @@ class VPTConfig(PeftConfig):
     )
     self_check: bool = field(
         default=True,
-        metadata={
-            "help": "Compare keys/values with tokens on a random input when the first prompts are attached, and try out "
-            "what work can be left out; False leaves out none."
-        },
+        metadata={"help": "Compare keys/values with tokens on a random input when the first prompts are attached."},
     )
     backbone: str | None = field(
         default=None, metadata={"help": "Dotted path of the vision encoder, where a model holds several."}
@@ -139,7 +136,17 @@ class VPTConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained and saved with the prompts; None: the task head, []: none."}
     )
-    bias: Literal["none", "all"] = field(default="none", metadata={"help": "'all' also trains the backbone's biases."})
+    id2label: dict[int, str] | None = field(
+        default=None,
+        metadata={"help": "Labels of this adapter's head, which is made to fit; None: the model's. Always saved."},
+    )
+    bias: str | list[str] = field(
+        default="none",
+        metadata={
+            "help": "'all' also trains the backbone's biases; a list those of 'value' (projection), 'output' (of the "
+            "attention), 'mlp' (second layer), 'norm' (second)."
+        },
+    )
     init_weights: bool = field(
         default=True, metadata={"help": "False draws the prompts from a unit normal, as tests of PEFT methods ask."}
     )
@@ -166,7 +173,8 @@ class VPTConfig(PeftConfig):
         check_choice("pooling", self.pooling, POOLINGS)
         check_choice("init_prompts", self.init_prompts, INITS)
         check_choice("implementation", self.implementation, IMPLEMENTATIONS)
-        check_choice("bias", self.bias, ("none", "all"))
+        self._check_bias()
+        self._check_labels()
         check_float("prompt_dropout", self.prompt_dropout, least=0.0, below=1.0)
         if self.projection_dim is not None:
             check_int("projection_dim", self.projection_dim, most=1_000_000)
@@ -179,6 +187,32 @@ class VPTConfig(PeftConfig):
         ):
             raise TypeError(f"modules_to_save={self.modules_to_save!r} must be a list of module names, or None.")
         self._check_layers()
+
+    def _check_bias(self) -> None:
+        if isinstance(self.bias, str):
+            check_choice("bias", self.bias, ("none", "all"))
+            return
+        if not isinstance(self.bias, (list, tuple, set)) or not self.bias or not set(self.bias) <= set(BIAS_PLACES):
+            raise ValueError(
+                f"bias={self.bias!r} must be 'none', 'all' or a list of {', '.join(map(repr, BIAS_PLACES))}."
+            )
+        self.bias = [place for place in BIAS_PLACES if place in self.bias]
+
+    def _check_labels(self) -> None:
+        labels = self.id2label
+        if labels is None:
+            return
+        if not isinstance(labels, dict) or not all(isinstance(label, str) for label in labels.values()):
+            raise TypeError(f"id2label={labels!r} must be a dict from class index to label, or None.")
+        try:
+            # Indices are strings after a way through JSON
+            self.id2label = {int(index): label for index, label in labels.items()}
+        except (TypeError, ValueError):
+            raise TypeError(f"id2label={labels!r}: its keys must be class indices.") from None
+        if sorted(self.id2label) != list(range(len(labels))) or not labels:
+            raise ValueError(
+                f"id2label: its keys must be 0 to {max(len(labels) - 1, 0)} without gaps, not {list(labels)}."
+            )
 
     def _check_layers(self) -> None:
         layers = self.layers_to_transform
@@ -245,6 +279,32 @@ class VPTConfig(PeftConfig):
             )
         if self.share_prompts and not self.deep and self.layers_to_transform is None:
             raise ValueError("share_prompts=True needs several prompted blocks: set deep=True or layers_to_transform.")
+
+    def note_found(self, **values: Any) -> None:
+        """Set fields that were left open to what was found in a model; they stay open for the next model."""
+        found: dict[str, Any] = self.__dict__.setdefault("_found", {})
+        for name, value in values.items():
+            if self.given(name) is None:
+                found[name] = value
+                setattr(self, name, value)
+
+    def given(self, name: str) -> Any:
+        """A field as the user gave it, `None` where its value was found in a model."""
+        value, found = getattr(self, name), self.__dict__.get("_found", {})
+        return None if name in found and found[name] == value else value
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that say what the adapter is, as they are saved."""
+        fields = super().to_dict()
+        # How one program runs the model, and no part of the adapter
+        fields.pop("skip_unread", None)
+        return fields
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> Any:
+        """A configuration from the fields of a file; see `PeftConfigMixin.from_peft_type`."""
+        kwargs.pop("skip_unread", None)
+        return super().from_peft_type(**kwargs)
 
     @property
     def pools(self) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
+from vpt_peft.active import BASE
+from vpt_peft.encoder.inputs import IMAGE_INPUTS
 
-BASE = "__base__"
+from .config import VPTConfig
 
 
 class MixedBatch:
@@ -82,6 +85,60 @@ def additive(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """An additive attention mask `(batch, 1, 1, places)` from a boolean one `(batch, places)`."""
     mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
     return mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None, None]
+
+
+def for_images_of(mixed: MixedBatch | None, name: str, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """`after` for the images of one adapter, `before` for the others of a mixed batch; both `(batch, ...)`."""
+    if mixed is None:
+        return after
+    rows = mixed.rows(name, before.device)
+    return before.index_copy(0, rows, after[rows])
+
+
+def per_image(mixed: MixedBatch | None, name: str, temperature: torch.Tensor) -> torch.Tensor:
+    """A temperature of one element as `(1 or batch, 1, 1, 1)`, 1 for the images of other adapters."""
+    if mixed is None:
+        return temperature.view(1, 1, 1, 1)
+    rows = mixed.rows(name, temperature.device)
+    ones = temperature.new_ones(len(mixed.names))
+    return ones.index_copy(0, rows, temperature.view(1).expand(len(rows))).view(-1, 1, 1, 1)
+
+
+def check_mixed_batch(
+    names: object,
+    configs: Mapping[str, VPTConfig],
+    known: Sequence[str],
+    training: bool,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+) -> tuple[str, ...]:
+    """The adapter names of a call of the model, checked.
+
+    Args:
+        names: What the caller gave, one adapter name per image.
+        configs: The prompt adapters of the model.
+        known: All adapters of the model.
+        training: Whether the model is in training mode.
+        args, kwargs: The call's other arguments.
+
+    Raises:
+        TypeError: Not a list of names.
+        ValueError: A name is unknown, their number is not that of the images, labels are given, or an adapter changes
+            the whole image.
+    """
+    checked = check_names(names, known, training)
+    images = next((kwargs[name] for name in IMAGE_INPUTS if kwargs.get(name) is not None), args[0] if args else None)
+    if isinstance(images, torch.Tensor) and len(checked) != images.shape[0]:
+        raise ValueError(
+            f"adapter_names has {len(checked)} names for {images.shape[0]} images; give one per image. nn.DataParallel "
+            "splits images but not names: start one process per GPU (torchrun) instead."
+        )
+    if kwargs.get("labels") is not None:
+        raise ValueError("labels: a mixed batch (adapter_names) has no common loss; leave them out.")
+    refused = [n for n in set(checked) & set(configs) if configs[n].prompt_location in ("pad", "channel")]
+    if refused:
+        raise ValueError(f"adapter_names: {refused} change the whole image; run their images in a batch of their own.")
+    return tuple(checked)
 
 
 def check_names(names: object, known: Sequence[str], training: bool) -> list[str]:

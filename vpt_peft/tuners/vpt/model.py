@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import copy
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,24 +13,28 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from vpt_peft.encoder import find_encoder, submodule
-from vpt_peft.encoder.inputs import IMAGE_INPUTS
-from vpt_peft.heads import find_task_head, trained_modules
+from vpt_peft.active import mixed_batch
+from vpt_peft.encoder import EncoderSpec, find_encoder, read_blocks, submodule
+from vpt_peft.heads import (
+    Labels,
+    LabelSwitch,
+    build_heads,
+    check_task_type,
+    find_task_head,
+    fit_head,
+    modules_to_wrap,
+    unwrap_heads,
+    wrap_heads,
+)
 
-from .check import check_endings, check_heads, check_key_values, check_quantized, check_shortcuts
+from .check import check_heads, check_key_values, check_quantized, check_skip_unread
 from .config import VPTConfig
 from .layer import PromptTunerLayer
+from .layout import check_config, make_layout
 from .loading import check_fit, take_out
-from .mixed import MixedBatch, check_names
+from .mixed import check_mixed_batch
 from .modes import set_frozen_eval, set_frozen_eval_outside
-from .plan import check_config, make_roles, prompted_blocks
-from .resting import set_others_aside
-from .store import VPTPromptStore, find_store
-
-
-def _name_adapters(names: list[str], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-    """Forward pre-hook of a trained module (a head): tell it the adapter of each image."""
-    return args, {**kwargs, "adapter_names": names}
+from .parameters import PromptAdapter, VPTParameters, find_parameters
 
 
 class VPTModel(BaseTuner):
@@ -65,52 +66,83 @@ class VPTModel(BaseTuner):
 
     prefix: str = "vpt_"
     tuner_layer_cls = PromptTunerLayer
+    adapter_cls = PromptAdapter
     target_module_mapping: dict[str, list[str]] = {}
+
+    def check_config(self, config: Any, spec: EncoderSpec) -> None:
+        """Check what depends on the encoder, before anything is made.
+
+        Raises:
+            EncoderError: The encoder lacks what the configuration needs.
+            ValueError: An index is out of range.
+        """
+        check_config(config, spec)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> VPTConfig:
         """Look at the model, check the configuration against it and find the head; nothing is changed yet."""
-        store = find_store(self.model)
-        if store is not None:
-            spec, path = store.spec, self._path_of(store.encoder)
+        parameters = find_parameters(self.model)
+        if parameters is not None:
+            spec, path = parameters.spec, self._path_of(parameters.encoder)
             if peft_config.backbone is not None and peft_config.backbone != path:
                 raise ValueError(
                     f"backbone={peft_config.backbone!r}: this model's prompts are on the encoder {path!r} already; attach "
                     "to one encoder per model."
                 )
-            check_config(peft_config, spec)
         else:
             spec = find_encoder(self.model, peft_config.backbone)
-            check_config(peft_config, spec)
+            path = spec.path
+            self.check_config(peft_config, spec)
             if peft_config.self_check:
-                spec = check_key_values(submodule(self.model, spec.path), spec)
-                check_config(peft_config, spec)
-                spec = check_shortcuts(self._root(), submodule(self.model, spec.path), spec)
-            self._found, path = spec, spec.path
-        check_quantized(submodule(self.model, path), spec, peft_config, path)
-        roles = make_roles(peft_config, spec)
-        warm = (index for index, role in enumerate(roles) if role.temperature)
+                spec = check_key_values(submodule(self.model, path), spec)
+            self._found = spec
+        self.check_config(peft_config, spec)
+        encoder = submodule(self.model, path)
+        if peft_config.skip_unread:
+            check_skip_unread(self._root(), encoder, spec)
+        check_quantized(encoder, spec, peft_config, path)
+        if parameters is None:
+            self._read = read_blocks(self._root(), encoder, spec)
+        layout = make_layout(peft_config, spec, self._read if parameters is None else parameters.read)
         # The blocks that have a part in the adapter; the first stands for prompts that are pixels.
-        chosen = sorted({*prompted_blocks(peft_config, spec), *warm}) or [0]
+        chosen = [index for index, block in enumerate(layout) if block is not None] or [0]
         self._targets = {".".join(filter(None, (path, spec.blocks[index].path))) for index in chosen}
-        peft_config.modules_to_save = self._modules_to_save(peft_config, find_task_head(self.model, path, spec))
-        check_endings([*self.peft_config, *(store.configs if store is not None else ())], peft_config.modules_to_save)
-        check_heads(self.model, peft_config.modules_to_save)
+        self._prepare_heads(peft_config, find_task_head(self.model, path, spec), parameters)
         return peft_config
 
-    def _modules_to_save(self, config: VPTConfig, head: list[str]) -> list[str]:
-        """The head where none is named; names a bare backbone lacks are left out, misspelt ones refused."""
-        if config.modules_to_save is None:
-            return head
-        paths = [path for path, _ in self.model.named_modules()]
-        lacking = [n for n in config.modules_to_save if not any(p == n or p.endswith(f".{n}") for p in paths)]
-        if lacking and head:
-            raise ValueError(
-                f"modules_to_save={config.modules_to_save!r}: the model has no module {', '.join(lacking)}; its head is "
-                f"{head}."
-            )
-        if lacking:
-            warnings.warn(f"modules_to_save: this backbone has no {', '.join(lacking)}; left out.", stacklevel=2)
-        return [name for name in config.modules_to_save if name not in lacking]
+    def _prepare_heads(self, config: VPTConfig, head: list[str], parameters: VPTParameters | None) -> None:
+        """Find out which modules train beside the prompts, and make heads of another number of labels."""
+        paths = modules_to_wrap(self.model, config.given("modules_to_save"), head, config.task_type)
+        check_task_type(self.model, paths, config.task_type)
+        check_heads(self.model, paths)
+        labels, built = config.given("id2label"), {}
+        if labels is not None:
+            base = LabelSwitch(self._root()).base if parameters is None else parameters.labels.of(None)
+            built = build_heads(self.model, paths, len(labels), None if base is None else base.num_labels)
+        self._heads = paths, built
+        # PEFT would look for them by the ends of their paths
+        config.modules_to_save = None
+
+    def _wrap_heads(self, adapter_name: str, config: VPTConfig) -> None:
+        paths, built = self._heads
+        parameters = find_parameters(self.model)
+        if parameters is None:
+            return
+        is_active, labels = adapter_name in self.active_adapters, parameters.labels
+        wrappers = wrap_heads(
+            self.model,
+            paths,
+            adapter_name,
+            active=is_active,
+            inference_mode=config.inference_mode,
+            labels=labels,
+        )
+        for path, wrapper in zip(paths, wrappers, strict=True):
+            if path in built:
+                fit_head(wrapper, adapter_name, built[path])
+        given = config.given("id2label")
+        labels.add(adapter_name, None if given is None else Labels.from_names(given))
+        if is_active:
+            labels.use(adapter_name)
 
     def _root(self) -> nn.Module:
         """The model itself, where another method's `PeftModel` is around it."""
@@ -131,7 +163,7 @@ class VPTModel(BaseTuner):
         Raises:
             ValueError: The name is one of the model's own, a block index, or one of the containers.
         """
-        reserved = {"prompt_tuner", *VPTPromptStore.adapter_layer_names}
+        reserved = {"prompt_tuner", *(f"{self.prefix}{part}" for part in self.adapter_cls.part_names)}
         adapters: list[str] = []
         for path, module in self.model.named_modules():
             if not path.startswith(tuple(adapters)):
@@ -156,42 +188,41 @@ class VPTModel(BaseTuner):
     ) -> None:
         """Attach an adapter; `state_dict` is not needed, as the configuration says which blocks take part.
 
-        An adapter that is refused leaves the model and its list of adapters as they were.
+        An adapter that is refused leaves the model and its list of adapters as they were. One of the same name that is
+        on the model already, by an earlier call, is replaced.
         """
-        # PEFT makes the tuner's active adapters active again at the end, heads included
-        with set_others_aside(self.model, [*self.active_adapters, adapter_name]):
-            self._inject(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
-
-    def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self._check_name(adapter_name)
-        # A copy, since what is found in this model (its head) must not go into the next one with the caller's config.
-        self.peft_config[adapter_name] = copy(self.peft_config[adapter_name])
-        store = find_store(self.model)
-        known = store is not None and adapter_name in store.configs
+        config, parameters = self.peft_config[adapter_name], find_parameters(self.model)
+        names = config.modules_to_save
+        before = None if parameters is None else parameters.take(adapter_name)
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
+            self._wrap_heads(adapter_name, config)
         except Exception:
             self.peft_config.pop(adapter_name, None)
-            attached = find_store(self.model)
-            if attached is not None and store is None:
+            config.modules_to_save = names
+            attached = find_parameters(self.model)
+            if attached is not None and parameters is None:
                 attached.detach()
-            elif attached is not None and not known and adapter_name in attached.configs:
-                for layer in (attached, *attached.layers):
-                    layer.delete_adapter(adapter_name)
+            elif attached is not None:
+                attached.take(adapter_name)
+                attached.put_back(before)
             if not hasattr(model, "peft_config") and getattr(model, "_hf_peft_config_loaded", False):
                 # transformers' add_adapter sets this before it injects, and would fail at the next try.
                 model._hf_peft_config_loaded = False  # type: ignore[assignment]
             raise
+        config.modules_to_save = names
+        parameters = find_parameters(self.model)
+        if parameters is not None:
+            parameters.note_found(adapter_name, self._heads[0])
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make adapters the active ones; see `BaseTuner.set_adapter`."""
-        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        with set_others_aside(self.model, names, trainable=False):
-            super().set_adapter(adapter_name, inference_mode)
-
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        with set_others_aside(self.model, [adapter_name]):
-            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        # PEFT would free the backbone's own biases for `bias`, which here are offsets of the adapter
+        active, self.active_adapter = self.active_adapter, []
+        try:
+            super()._mark_only_adapters_as_trainable(model)
+        finally:
+            self.active_adapter = active
 
     def _create_and_replace(
         self,
@@ -203,49 +234,25 @@ class VPTModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        store = find_store(self.model)
-        if store is None:
-            store = VPTPromptStore(self._found, submodule(self.model, self._found.path), self._root())
-            store.attach()
-        if adapter_name in store.configs:
-            return
-        store.update_layer(adapter_name, peft_config)
+        parameters = find_parameters(self.model)
+        if parameters is None:
+            parameters = VPTParameters(self._found, submodule(self.model, self._found.path), self._root(), self._read)
+            parameters.attach()
+        # PEFT asks once for each block
+        if adapter_name not in parameters.configs:
+            parameters.update_layer(adapter_name, peft_config, self.adapter_cls)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Run one batch with an adapter of its own for each image (`adapter_names`), heads included."""
-        names, store = kwargs.pop("adapter_names", None), find_store(self.model)
-        if names is None or store is None:
+        names, parameters = kwargs.pop("adapter_names", None), find_parameters(self.model)
+        if names is None or parameters is None:
             yield
             return
-        names = check_names(names, list(self.peft_config), self.training)
-        images = next(
-            (kwargs[name] for name in IMAGE_INPUTS if kwargs.get(name) is not None), args[0] if args else None
-        )
-        if images is not None and len(names) != images.shape[0]:
-            raise ValueError(f"adapter_names has {len(names)} names for {images.shape[0]} images; give one per image.")
-        refused = [
-            n for n in set(names) & set(store.configs) if store.configs[n].prompt_location in ("pad", "channel")
-        ]
-        if refused:
-            raise ValueError(
-                f"adapter_names: {refused} change the whole image; run their images in a batch of their own."
-            )
-        mixed = MixedBatch(names)
-        layers = (store, *store.layers)
-        handles = [
-            wrapper.register_forward_pre_hook(partial(_name_adapters, names), with_kwargs=True)
-            for wrapper in trained_modules(self.model)
-        ]
-        for layer in layers:
-            layer.mixed = mixed
-        try:
+        with mixed_batch(
+            check_mixed_batch(names, parameters.configs, list(self.peft_config), self.training, args, kwargs)
+        ):
             yield
-        finally:
-            for layer in layers:
-                layer.mixed = None
-            for handle in handles:
-                handle.remove()
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Turn deep prompts into constant keys and values: inference then needs no norm and no maps for them.
@@ -258,35 +265,37 @@ class VPTModel(BaseTuner):
                 (`safe_merge`) holds values that are not finite. Nothing is changed then.
         """
         names = adapter_names if adapter_names is not None else self.active_adapters
-        store = find_store(self.model)
+        parameters = find_parameters(self.model)
         for name in names:
-            if store is None or name not in store.configs:
+            if parameters is None or name not in parameters.configs:
                 raise ValueError(f"adapter_names={names!r}: {name!r} is not an adapter of this model.")
-            if any(name in layer.merged_adapters for layer in store.layers):
+            if any(name in layer.merged_adapters for layer in parameters.layers):
                 raise ValueError(f"adapter {name!r} is merged already; call unmerge_adapter() first.")
-            roles = [layer.roles[name] for layer in store.layers]
-            if not any(role.mode == "kv" and role.source is not None for role in roles):
+            blocks = [block for block in parameters.layouts[name] if block is not None]
+            if not any(block.mode == "kv" and block.source is not None for block in blocks):
                 raise ValueError(
                     f"adapter {name!r} has no deep prompts that run as keys and values, so nothing of it is constant."
                 )
-            if safe_merge and not all(p.isfinite().all() for p in store.parameters_of(name).values()):
+            if safe_merge and not all(p.isfinite().all() for p in parameters.parameters_of(name).values()):
                 raise ValueError(f"adapter {name!r} holds values that are not finite.")
-        for layer in store.layers if store is not None else ():
-            layer.merge_prompts(list(names))
+        for name in names if parameters is not None else ():
+            adapter = parameters.adapter(name)
+            for layer in parameters.layers:
+                layer.merge_prompts(adapter)
 
     def unmerge_adapter(self) -> None:
         """Go back from constant keys and values to prompts."""
-        store = find_store(self.model)
-        for layer in store.layers if store is not None else ():
+        parameters = find_parameters(self.model)
+        for layer in parameters.layers if parameters is not None else ():
             layer.unmerge_prompts()
 
     def train(self, mode: bool = True) -> VPTModel:
         """Training mode for the adapters and the head; frozen parts stay in eval mode (`base_in_eval`)."""
         super().train(mode)
-        store = find_store(self.model)
-        if mode and store is not None and any(config.base_in_eval for config in store.configs.values()):
-            set_frozen_eval(store.encoder)
-            set_frozen_eval_outside(store.root, store.encoder)
+        parameters = find_parameters(self.model)
+        if mode and parameters is not None and any(config.base_in_eval for config in parameters.configs.values()):
+            set_frozen_eval(parameters.encoder)
+            set_frozen_eval_outside(parameters.root, parameters.encoder)
         return self
 
     def _unload_and_optionally_merge(
@@ -302,9 +311,10 @@ class VPTModel(BaseTuner):
                 "merge_adapter() to freeze deep prompts into constant keys and values for inference, or unload() to get "
                 "the model back without them."
             )
-        store = find_store(self.model)
-        if store is not None:
-            store.detach()
+        parameters = find_parameters(self.model)
+        if parameters is not None:
+            unwrap_heads(self.model)
+            parameters.detach()
         return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -321,15 +331,17 @@ class VPTModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         """The adapter's own entries, also where sharding has put wrappers into the module paths."""
+        parameters = find_parameters(model)
+        if parameters is not None and adapter_name in parameters.configs:
+            # The object may have been attached to another model since
+            parameters.note_found(adapter_name)
         mine = re.compile(rf"prompt_tuner\.{cls.prefix}[a-z_]+\.{re.escape(adapter_name)}\.")
         plain = {key.replace("_fsdp_wrapped_module.", ""): value for key, value in state_dict.items()}
-        found = {key: value for key, value in plain.items() if mine.search(key)}
-        found.update(cls._get_learnable_bias_state_dict(model, plain, config))
-        return found
+        return {key: value for key, value in plain.items() if mine.search(key)}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """`prompt_tuner.vpt_prompts.default.3` is stored as `prompt_tuner.vpt_prompts.3`."""
+        """`prompt_tuner.vpt_prompts.default.3` is parametersd as `prompt_tuner.vpt_prompts.3`."""
         return re.sub(rf"(\.{cls.prefix}[a-z_]+)\.{re.escape(adapter_name)}(?=\.)", r"\1", key)
 
     @classmethod
@@ -337,10 +349,10 @@ class VPTModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Put the adapter's name back and the path of this model's encoder for the one the file was saved under."""
-        store = find_store(model)
-        if store is None:
+        parameters = find_parameters(model)
+        if parameters is None:
             raise ValueError(f"adapter {adapter_name!r}: this model has no prompts that values could be loaded into.")
-        root = next(path for path, module in model.named_modules() if module is store.root)
+        root = next(path for path, module in model.named_modules() if module is parameters.root)
         path = ".".join(filter(None, (root, "prompt_tuner")))
         remapped, found = {}, {}
         for key, value in state_dict.items():
@@ -350,8 +362,8 @@ class VPTModel(BaseTuner):
             else:
                 remapped[key] = value
         try:
-            check_fit(store, adapter_name, found)
+            check_fit(parameters, adapter_name, found)
         except ValueError:
-            take_out(model, store, adapter_name)
+            take_out(model, parameters, adapter_name)
             raise
         return remapped | {f"{path}.{key}": value for key, value in found.items()}

@@ -2,42 +2,59 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-
-if TYPE_CHECKING:
-    from .store import VPTPromptStore
+from .forward_pass import CheckpointedFunction, Owner
 
 
 # Up to transformers 5.22 a block's hooks run inside its checkpoint, later outside of it.
 HOOKS_ARE_CHECKPOINTED = "__call__" in vars(GradientCheckpointingLayer)
 
 
-def is_checkpointing(encoder: nn.Module) -> bool:
-    """Whether any part of the encoder recomputes its activations."""
-    return any(getattr(module, "gradient_checkpointing", False) for module in encoder.modules())
+def checkpointed_modules(encoder: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules of an encoder that say whether activations are recomputed."""
+    return tuple(module for module in encoder.modules() if hasattr(module, "gradient_checkpointing"))
 
 
-def is_reentrant(encoder: nn.Module) -> bool:
+def is_checkpointing(modules: Iterable[nn.Module]) -> bool:
+    """Whether any of these modules recomputes its activations; their checkpointing functions then carry the pass."""
+    found = False
+    for module in modules:
+        if module.gradient_checkpointing:
+            found = True
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if function is not None and not isinstance(function, CheckpointedFunction):
+                module._gradient_checkpointing_func = CheckpointedFunction(function)  # type: ignore[assignment]
+    return found
+
+
+def is_reentrant(modules: Iterable[nn.Module]) -> bool:
     """Whether checkpointing is of the re-entrant kind, which records only what depends on an input with a gradient."""
-    functions = (getattr(module, "_gradient_checkpointing_func", None) for module in encoder.modules())
+    functions = (getattr(module, "_gradient_checkpointing_func", None) for module in modules)
     return any(getattr(function, "keywords", {}).get("use_reentrant", False) for function in functions)
 
 
-def freeze_modes(store: VPTPromptStore, checkpointing: bool) -> None:
+def release_checkpointed(modules: Iterable[nn.Module]) -> None:
+    """Give the modules their own checkpointing functions back."""
+    for module in modules:
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if isinstance(function, CheckpointedFunction):
+            module._gradient_checkpointing_func = function.wrapped  # type: ignore[assignment]
+
+
+def freeze_modes(owner: Owner, checkpointing: bool) -> None:
     """Put the encoder's frozen modules in eval mode.
 
     Blocks that checkpoint keep their own flag in training mode, because transformers checkpoints only then; nothing
     but that decision depends on the flag. Trainable wrappers and the layers of other adapters keep their modes.
     """
-    encoder = store.encoder
-    if store.training and (encoder.training or checkpointing):
-        set_frozen_eval(encoder)
+    if owner.training and (owner.encoder.training or checkpointing):
+        set_frozen_eval(owner.encoder)
 
 
 def set_frozen_eval(root: nn.Module) -> None:

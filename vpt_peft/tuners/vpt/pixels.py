@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,49 +10,49 @@ from torch import nn
 from vpt_peft.encoder import submodule
 from vpt_peft.encoder.inputs import IMAGE_INPUTS
 
-from .prompts import PromptSet
+from .config import VPTConfig
+from .forward_pass import Adapter, ForwardPass, Owner, current_pass
+from .parameter_set import ParameterSet
 
-
-if TYPE_CHECKING:
-    from .config import VPTConfig
-    from .store import VPTPromptStore
 
 # A frame holds raw pixels in [0, 1] that are normalised like the images of the official code.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def strip_shape(store: VPTPromptStore, config: VPTConfig) -> tuple[int, int, int]:
+def strip_shape(owner: Owner, config: VPTConfig) -> tuple[int, int, int]:
     """Shape of a strip of `num_virtual_tokens` patches, (channels, height, width)."""
-    convolution = submodule(store.encoder, store.spec.patch_embedding or "")
+    convolution = submodule(owner.encoder, owner.spec.patch_embedding or "")
     height, width = convolution.kernel_size
     return convolution.in_channels, height, width * config.num_virtual_tokens
 
 
-def embed_strip(store: VPTPromptStore, strip: torch.Tensor) -> torch.Tensor:
+def embed_strip(owner: Owner, strip: torch.Tensor) -> torch.Tensor:
     """Prompt tokens `(prompts, width)` of a strip of pixels, through the frozen patch embedding."""
-    convolution = submodule(store.encoder, store.spec.patch_embedding or "")
+    convolution = submodule(owner.encoder, owner.spec.patch_embedding or "")
     tokens = type(convolution).forward(convolution, strip.unsqueeze(0).to(convolution.weight.dtype))
     return tokens.flatten(2).transpose(1, 2).squeeze(0)
 
 
-def make_prompts(store: VPTPromptStore, config: VPTConfig, like: dict[str, Any]) -> PromptSet:
+def make_prompts(owner: Owner, config: VPTConfig, like: dict[str, Any]) -> ParameterSet:
     """The frame ("tb": top and bottom rows, "lr": left and right columns) or the extra channels ("0")."""
-    height, width = store.spec.image_size or (224, 224)
+    height, width = owner.spec.image_size or (224, 224)
     count = config.num_virtual_tokens
     if config.prompt_location == "channel":
-        prompts = PromptSet({"0": (count, height, width)}, **like)
+        prompts = ParameterSet({"0": (count, height, width)}, **like)
     else:
-        prompts = PromptSet({"tb": (3, 2 * count, width + 2 * count), "lr": (3, height, 2 * count)}, **like)
+        channels = submodule(owner.encoder, owner.spec.patch_embedding or "").in_channels
+        frame = {"tb": (channels, 2 * count, width + 2 * count), "lr": (channels, height, 2 * count)}
+        prompts = ParameterSet(frame, **like)
     prompts.reset_parameters(
         "unit_interval" if config.init_prompts != "zeros" else "zeros", dict.fromkeys(prompts, 1.0)
     )
     return prompts
 
 
-def make_patch_embedding(store: VPTPromptStore, config: VPTConfig, like: dict[str, Any]) -> nn.Conv2d:
+def make_patch_embedding(owner: Owner, config: VPTConfig, like: dict[str, Any]) -> nn.Conv2d:
     """The patch embedding with `num_virtual_tokens` more input channels; the pre-trained ones keep their weights."""
-    frozen = submodule(store.encoder, store.spec.patch_embedding or "")
+    frozen = submodule(owner.encoder, owner.spec.patch_embedding or "")
     trained = nn.Conv2d(
         frozen.in_channels + config.num_virtual_tokens,
         frozen.out_channels,
@@ -71,13 +71,12 @@ def make_patch_embedding(store: VPTPromptStore, config: VPTConfig, like: dict[st
     return trained
 
 
-def frame_images(store: VPTPromptStore, name: str, images: torch.Tensor) -> torch.Tensor:
-    """`(batch, 3, height, width)` with the frame of one adapter around it."""
-    prompts = store.part(name, "prompts")
-    frame = {key: prompts(key).to(images.dtype) for key in prompts}
-    mean = torch.tensor(IMAGENET_MEAN, dtype=images.dtype, device=images.device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, dtype=images.dtype, device=images.device).view(3, 1, 1)
-    rows, columns = ((frame[key] - mean) / std for key in ("tb", "lr"))
+def frame_images(adapter: Adapter, images: torch.Tensor) -> torch.Tensor:
+    """`(batch, channels, height, width)` with the frame of one adapter around it."""
+    prompts = adapter.parts["prompts"]
+    rows, columns = (prompts(key).to(images.device, images.dtype) for key in ("tb", "lr"))
+    mean, std = (_per_channel(values, images) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    rows, columns = ((frame - mean) / std for frame in (rows, columns))
     count = rows.shape[1] // 2
     if images.shape[-2] != columns.shape[-2] or images.shape[-1] + 2 * count != rows.shape[-1]:
         raise ValueError(
@@ -87,6 +86,13 @@ def frame_images(store: VPTPromptStore, name: str, images: torch.Tensor) -> torc
     rows, columns = (part.expand(images.shape[0], -1, -1, -1) for part in (rows, columns))
     framed = torch.cat([columns[..., :count], images, columns[..., count:]], dim=-1)
     return torch.cat([rows[:, :, :count], framed, rows[:, :, count:]], dim=-2)
+
+
+def _per_channel(values: tuple[float, float, float], images: torch.Tensor) -> torch.Tensor:
+    """ImageNet's values `(channels, 1, 1)`; their mean where images have other channels than red, green and blue."""
+    channels = images.shape[-3]
+    chosen = values if channels == 3 else (sum(values) / 3,) * channels
+    return torch.tensor(chosen, dtype=images.dtype, device=images.device).view(-1, 1, 1)
 
 
 def _image_argument(args: tuple, kwargs: dict[str, Any]) -> str | int:
@@ -106,15 +112,15 @@ def exchange_images(args: tuple, kwargs: dict[str, Any], images: torch.Tensor) -
 
 
 def enter_image(
-    store: VPTPromptStore, active: list[str], args: tuple, kwargs: dict[str, Any]
+    running: ForwardPass, args: tuple, kwargs: dict[str, Any], interpolates: bool
 ) -> tuple[tuple, dict[str, Any]] | None:
     """The encoder's arguments with a frame around the images, for active adapters that have one."""
     changed = None
-    for name in active:
-        if store.configs[name].prompt_location == "pad":
-            images = frame_images(store, name, images_of(args, kwargs))
+    for adapter in running.adapters:
+        if adapter.config.prompt_location == "pad":
+            images = frame_images(adapter, images_of(args, kwargs))
             args, kwargs = exchange_images(args, kwargs, images)
-            if tuple(images.shape[-2:]) != store.spec.image_size and store.interpolates:
+            if tuple(images.shape[-2:]) != running.owner.spec.image_size and interpolates:
                 kwargs = {**kwargs, "interpolate_pos_encoding": True}
             changed = args, kwargs
     return changed
@@ -130,32 +136,32 @@ def require_input_grad(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict
 
 def embed_with_channels(convolution: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
     """Forward hook of the patch embedding: with extra channels the adapter's own embedding replaces the frozen one."""
-    store: VPTPromptStore = convolution.__dict__["_prompt_store"]
-    for name in store.active_names():
-        if name in store.configs and store.configs[name].prompt_location == "channel":
-            images = args[0]
-            channels = store.part(name, "prompts")("0").to(images.dtype)
+    running = current_pass(convolution.__dict__["_prompt_owner"])
+    for adapter in running.adapters if running is not None else ():
+        if adapter.config.prompt_location == "channel":
+            images, trained = args[0], adapter.parts["patch_embedding"]
+            channels = adapter.parts["prompts"]("0").to(images.device, images.dtype)
             if channels.shape[-2:] != images.shape[-2:]:
                 raise ValueError(
                     f"prompt_location='channel': images of {images.shape[-2]}x{images.shape[-1]} pixels, but the prompts "
                     f"were made for {channels.shape[-2]}x{channels.shape[-1]}; resize them."
                 )
             channels = channels.expand(images.shape[0], -1, -1, -1)
-            trained = store.part(name, "patch_embedding")
-            return trained(torch.cat([images, channels], dim=1).to(trained.weight.dtype)).to(output.dtype)
+            dtype = next(trained.parameters()).dtype
+            return trained(torch.cat([images, channels], dim=1).to(dtype)).to(output.dtype)
     return None
 
 
-def attach_patch_embedding(store: VPTPromptStore) -> list:
+def attach_patch_embedding(owner: Owner) -> list:
     """Register the hook on the patch embedding, if there is one; returns its handle."""
-    if store.spec.patch_embedding is None:
+    if owner.spec.patch_embedding is None:
         return []
-    convolution = submodule(store.encoder, store.spec.patch_embedding)
-    convolution.__dict__["_prompt_store"] = store
+    convolution = submodule(owner.encoder, owner.spec.patch_embedding)
+    convolution.__dict__["_prompt_owner"] = owner
     return [convolution.register_forward_hook(embed_with_channels)]
 
 
-def detach_patch_embedding(store: VPTPromptStore) -> None:
-    """Forget the store on the patch embedding."""
-    if store.spec.patch_embedding is not None:
-        submodule(store.encoder, store.spec.patch_embedding).__dict__.pop("_prompt_store", None)
+def detach_patch_embedding(owner: Owner) -> None:
+    """Forget the owner on the patch embedding."""
+    if owner.spec.patch_embedding is not None:
+        submodule(owner.encoder, owner.spec.patch_embedding).__dict__.pop("_prompt_owner", None)
