@@ -175,8 +175,7 @@ def estimate_costs(
         # Modules that methods add draw random values before they are emptied
         with torch.random.fork_rng(devices=[]):
             if method is not None and backbone not in specs:
-                found = find_encoder(model, backbone)
-                specs[backbone] = found
+                specs[backbone] = find_encoder(model, backbone)
             meta_model, path = blank_copy(model, "meta", weights), None
             if method is not None:
                 path = specs[backbone].path
@@ -298,9 +297,9 @@ def _simulator(
     with mode:
         model = blank_copy(meta_model, device)
     base = _base(model)
-    store = find_parameters(model)
-    if store is not None:
-        encoder: Any = store.encoder
+    parameters = find_parameters(model)
+    if parameters is not None:
+        encoder: Any = parameters.encoder
     else:
         encoder = base if path is None else submodule(base, path)
     runs = model if getattr(base, "main_input_name", None) in IMAGE_INPUTS else encoder

@@ -43,12 +43,11 @@ def apply_to_meta_model(model: Any, spec: EncoderSpec, method: str | PeftConfig,
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if isinstance(config, VPTConfig):
-            # With the store in place the encoder is not traced again, which takes weights; PEFT takes it for an earlier
-            # adapter, beside which it freezes nothing
+            # With the prompts' parameters in place the encoder is not traced again, which takes weights; PEFT takes
+            # them for an earlier adapter, beside which it freezes nothing
             model.requires_grad_(False)
             VPTParameters(spec, submodule(model, spec.path), model).attach()
-        adapted = attach(model, config)
-    return adapted
+        return attach(model, config)
 
 
 def saved_tensors(model: Any) -> Mapping[str, torch.Tensor]:

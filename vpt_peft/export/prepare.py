@@ -59,10 +59,11 @@ def float_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 def merge_prompts(model: nn.Module, adapter: str) -> None:
     """Make deep prompts constant keys and values, again where they were merged in another dtype."""
-    store = find_parameters(model)
-    for layer in store.layers if store is not None else ():
-        layer.unmerge_prompts()
-        layer.merge_prompts(store.adapter(adapter))
+    parameters = find_parameters(model)
+    if parameters is not None:
+        for layer in parameters.layers:
+            layer.unmerge_prompts()
+            layer.merge_prompts(parameters.adapter(adapter))
 
 
 def sample(
@@ -78,8 +79,8 @@ def sample(
     Raises:
         ValueError: The model does not run on images alone, or not on images of this size.
     """
-    store = find_parameters(model)
-    encoder = model if store is None else store.encoder
+    parameters = find_parameters(model)
+    encoder = model if parameters is None else parameters.encoder
     size = size or processor_size(image_processor)
     accepted, failure = signature(model.forward).parameters, None
     for inputs in sample_inputs(encoder):
