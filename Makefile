@@ -33,7 +33,7 @@ bench: $(BIN)/.installed
 	$(BIN)/python -m benchmarks.cost
 
 lint: $(BIN)/.installed
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info

@@ -22,6 +22,7 @@ from peft import get_peft_model
 from transformers import HfArgumentParser
 
 from vpt_peft import VPTConfig
+from vpt_peft.reporting import markdown_table
 
 from .machine import describe_machine
 from .measure import seconds
@@ -150,6 +151,22 @@ def to_markdown(results: dict[str, Any]) -> str:
         return "" if ratio is None else f"{1e3 * ratio.median:.1f} ({1e3 * ratio.low:.1f} to {1e3 * ratio.high:.1f})"
 
     grown = results["resident_bytes_per_adapter"]
+    figures = {
+        "bytes of one adapter's parameters": f"{results['own_bytes']:,}",
+        "growth of resident memory per adapter, bytes": "" if grown is None else f"{grown:,.0f}",
+        "loading one, the first hundred": milliseconds(results["loading_first"]),
+        "loading one, the last hundred": milliseconds(results["loading_last"]),
+        "switching, all adapters loaded": milliseconds(results["switching"]),
+    }
+    batches = [
+        {
+            "prompts of the adapters": ", ".join(map(str, batch["prompts"])),
+            "prompts of the one": str(batch["one"]),
+            "milliseconds": milliseconds(batch["seconds"]),
+            "ratio": str(batch["ratio"]),
+        }
+        for batch in results["batches"]
+    ]
     lines = [
         f"# {settings['adapters']:,} adapters on one {settings['model']}",
         "",
@@ -158,24 +175,14 @@ def to_markdown(results: dict[str, Any]) -> str:
         f"VPT-deep with {settings['prompts']} prompts in every block and a head of its own each, float32; loaded by "
         "`load_adapter` from a file that the system has in its cache. Medians with quartiles, milliseconds.",
         "",
-        "| | |",
-        "|---|---:|",
-        f"| bytes of one adapter's parameters | {results['own_bytes']:,} |",
-        f"| growth of resident memory per adapter, bytes | {'' if grown is None else f'{grown:,.0f}'} |",
-        f"| loading one, the first hundred | {milliseconds(results['loading_first'])} |",
-        f"| loading one, the last hundred | {milliseconds(results['loading_last'])} |",
-        f"| switching, all adapters loaded | {milliseconds(results['switching'])} |",
+        markdown_table([{"": name, "measured": value} for name, value in figures.items()], left=[""]).rstrip(),
         "",
         f"One batch of {settings['batch_size']} images, inference, each image with its own adapter (and head), against "
         f"the same batch with one adapter; medians of {settings['rounds']} interleaved rounds:",
         "",
-        "| prompts of the adapters | prompts of the one | milliseconds | ratio |",
-        "|---|---:|---:|---:|",
+        markdown_table(batches, left=["prompts of the adapters"]),
     ]
-    for batch in results["batches"]:
-        lengths = ", ".join(map(str, batch["prompts"]))
-        lines.append(f"| {lengths} | {batch['one']} | {milliseconds(batch['seconds'])} | {batch['ratio']} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -66,7 +66,7 @@ class Runner:
         self.logits()
 
     def state_bytes(self) -> int:
-        """Memory of the optimizer's moments."""
+        """Memory of the optimizer state."""
         states = self.optimizer.state.values() if self.optimizer is not None else ()
         values = (value for state in states for value in state.values())
         return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
@@ -88,7 +88,7 @@ def _synchronize(device: torch.device) -> None:
 
 def added_memory(runner: Runner) -> int:
     """Most bytes a warm training step has in use at one time beyond weights and images: activations, gradients,
-    temporaries and the optimizer's moments.
+    temporaries and the optimizer state.
 
     On a GPU the peak of torch's allocator; on a CPU the peak of the running sum over every allocation and release that
     torch's profiler records, which is the same quantity and repeats to the byte.
@@ -141,7 +141,7 @@ def warm_up(runners: Sequence[Runner]) -> tuple[list[Runner], dict[str, int], di
 def interleave(runners: Sequence[Runner], rounds: int, training: bool) -> dict[str, Samples]:
     """Time every runner once per round, the first of them (the floor) also between every few others.
 
-    The order turns round from one round to the next, so that what drifts with time falls on all alike.
+    The order is reversed from one round to the next, so that drift over time falls on all alike.
 
     Args:
         training: Time training steps of those that train; otherwise inference.

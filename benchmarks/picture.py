@@ -11,7 +11,7 @@ from .subjects import FLOOR, METHODS
 
 
 COLOURS = {
-    "deep_kv": "#0b5fa5", "deep_kv_whole": "#0d9488", "deep_merged": "#5aa9e6", "deep_token": "#c2410c",
+    "deep_kv": "#0b5fa5", "deep_merged": "#5aa9e6", "deep_token": "#c2410c",
     "shallow": "#6b7280", "gated": "#15803d", "gated_loop": "#a3b18a",
 }  # fmt: skip
 LEVELS: dict[str, dict[str, Any]] = {

@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from vpt_peft.reporting import markdown_table
+
 from .measure import Samples
 from .subjects import FLOOR, METHODS
 
 
-# Ratios that say what an implementation gains over the other way to compute the same thing
+# What an implementation gains over the other way to compute the same thing
 AGAINST = (("deep_token", "deep_kv"), ("gated", "gated_loop"))
 
 
@@ -35,7 +37,7 @@ class Row:
     Args:
         method: Key of `METHODS`.
         prompts: Prompts per prompted block.
-        trained_values: Values the optimizer updates, head included.
+        trainable_parameters: Head included.
         step_seconds, inference_seconds: Medians.
         step, inference: Against the floor in the same round.
         added_bytes: Memory a training step adds.
@@ -44,7 +46,7 @@ class Row:
 
     method: str
     prompts: int | None
-    trained_values: int
+    trainable_parameters: int
     step_seconds: float | None
     step: Ratio | None
     inference_seconds: float | None
@@ -70,13 +72,13 @@ def _time(samples: Mapping[str, Samples], key: str) -> tuple[float | None, Ratio
 
 
 def make_row(
-    key: str, method: str, prompts: int | None, trained_values: int,
+    key: str, method: str, prompts: int | None, trainable_parameters: int,
     training: Mapping[str, Samples], inference: Mapping[str, Samples], memory: Mapping[str, int],
 ) -> Row:  # fmt: skip
     """Put together what was measured of the subject `key`."""
     added = memory.get(key)
     against = added / memory[FLOOR] if added is not None and FLOOR in memory else None
-    return Row(method, prompts, trained_values, *_time(training, key), *_time(inference, key), added, against)
+    return Row(method, prompts, trainable_parameters, *_time(training, key), *_time(inference, key), added, against)
 
 
 def compare(samples: Mapping[str, Samples], prompts: Sequence[int]) -> list[dict[str, Any]]:
@@ -120,32 +122,33 @@ def to_markdown(results: Mapping[str, Any]) -> str:
         "backbone without prompts, the gradient taken to its first block; its own ratio compares two runs of it and shows "
         "how steady the machine was.",
         "",
-        "| method | p | trained values | step, ms | step / floor | inference, ms | inference / plain | memory, MB | "
-        "memory / floor |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        markdown_table([_table_row(row) for row in results["rows"]], left=["method"]).rstrip(),
     ]
-    lines += [_table_row(row) for row in results["rows"]]
     if results["comparisons"]:
-        lines += ["", "| training step of | against | p | ratio |", "|---|---|---:|---:|"]
-        lines += [
-            f"| {METHODS[c['method']].title} | {METHODS[c['against']].title} | {c['prompts']} | {c['step']} |"
+        rows = [
+            {
+                "training step of": METHODS[c["method"]].title,
+                "against": METHODS[c["against"]].title,
+                "p": str(c["prompts"]),
+                "ratio": str(c["step"]),
+            }
             for c in results["comparisons"]
         ]
+        lines += ["", markdown_table(rows, left=["training step of", "against"]).rstrip()]
     if results["left_out"]:
         lines += ["", "Left out:", ""] + [f"- {key}: {reason}" for key, reason in results["left_out"].items()]
     return "\n".join(lines) + "\n"
 
 
-def _table_row(row: Row) -> str:
-    cells = [
-        METHODS[row.method].title,
-        "" if row.prompts is None else str(row.prompts),
-        f"{row.trained_values:,}",
-        "" if row.step_seconds is None else f"{1e3 * row.step_seconds:,.1f}",
-        "" if row.step is None else str(row.step),
-        "" if row.inference_seconds is None else f"{1e3 * row.inference_seconds:,.1f}",
-        "" if row.inference is None else str(row.inference),
-        "" if row.added_bytes is None else f"{row.added_bytes / 1e6:,.1f}",
-        "" if row.memory is None else f"{row.memory:.3f}",
-    ]
-    return f"| {' | '.join(cells)} |"
+def _table_row(row: Row) -> dict[str, str]:
+    return {
+        "method": METHODS[row.method].title,
+        "p": "" if row.prompts is None else str(row.prompts),
+        "trainable parameters": f"{row.trainable_parameters:,}",
+        "step, ms": "" if row.step_seconds is None else f"{1e3 * row.step_seconds:,.1f}",
+        "step / floor": "" if row.step is None else str(row.step),
+        "inference, ms": "" if row.inference_seconds is None else f"{1e3 * row.inference_seconds:,.1f}",
+        "inference / plain": "" if row.inference is None else str(row.inference),
+        "memory, MB": "" if row.added_bytes is None else f"{row.added_bytes / 1e6:,.1f}",
+        "memory / floor": "" if row.memory is None else f"{row.memory:.3f}",
+    }

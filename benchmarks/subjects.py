@@ -1,4 +1,4 @@
-"""What is measured: one frozen ViT with random weights under every method, the weights shared by all of them."""
+"""What is measured: one frozen ViT with random weights for every method, the weights shared by all of them."""
 
 from __future__ import annotations
 
@@ -91,11 +91,9 @@ def _vpt(**given: Any) -> Callable[..., nn.Module]:
 
 # Methods that are compared with each other stand side by side, so that they run one after the other.
 METHODS: dict[str, Method] = {
-    # The class token trains, so that the gradient runs down to the first block's input and no further work is added
+    # The class token trains, so that the gradient reaches the input of the first block without further work
     FLOOR: Method("no prompts (floor)", _trained(lambda name, _: name.endswith("cls_token")), has_prompts=False),
     "deep_kv": Method("VPT-deep, keys/values", _vpt()),
-    # The floor computes all tokens of its last block; this row does so too, the one above only what the head reads
-    "deep_kv_whole": Method("VPT-deep, keys/values, last block in full", _vpt(skip_unread=False)),
     "deep_token": Method("VPT-deep, tokens", _vpt(implementation="token")),
     "deep_merged": Method("VPT-deep, merged", _merged, trains=False),
     "shallow": Method("VPT-shallow", _vpt(deep=False)),
@@ -150,7 +148,7 @@ def make_backbone(
 def make_subject(
     backbone: ViTForImageClassification, spec: EncoderSpec, method: str, prompts: int | None = None
 ) -> Subject:
-    """The backbone under a method. All subjects share its weights in memory; no step may change them."""
+    """The backbone with a method. All subjects share its weights in memory; no step may change them."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in backbone.parameters()}
     torch.manual_seed(0)
     model = METHODS[method].build(copy.deepcopy(backbone, memo), spec, prompts or 0)

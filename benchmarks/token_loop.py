@@ -1,4 +1,4 @@
-"""The plain way to run gated prompts, as a reference: join them to the tokens at every block and cut them out again."""
+"""The plain way to run gated prompts, as a reference: insert them into the tokens of every block and take them out again."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class PlainGatedLoop(nn.Module):
         for index, block in enumerate(self.blocks()):
             attention = spec.blocks[index].attention
             if attention.query is None:
-                raise ValueError("the query map of the attention is not known")
+                raise ValueError("the query projection of the attention is not known")
             query = submodule(submodule(block, attention.path), attention.query.path)
-            query.register_forward_hook(_Cool(self, index))
+            query.register_forward_hook(_ScaleQueries(self, index))
 
     def blocks(self) -> list[nn.Module]:
         """The encoder's blocks in order."""
@@ -63,8 +63,8 @@ class PlainGatedLoop(nn.Module):
         return self.head(self.encoder.layernorm(tokens)[:, 0])
 
 
-class _Cool:
-    """Forward hook of a query map: divide the queries by the block's temperature."""
+class _ScaleQueries:
+    """Forward hook of a query projection: divide the queries by the temperature of the block."""
 
     def __init__(self, loop: PlainGatedLoop, index: int) -> None:
         self.loop, self.index = loop, index

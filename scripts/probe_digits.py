@@ -2,8 +2,8 @@
 
     python scripts/probe_digits.py --model_name_or_path vpt_peft/embedded/vit
 
-Splits of 60/20/20 %, one per seed; test accuracy of a logistic regression on the class token, of LoRA (rank 8 on
-queries and values), and of training every weight.
+Splits of 60/20/20 %, one per seed; the share of test images named right by a logistic regression on the class token,
+by LoRA (rank 8 on queries and values), and by training every weight.
 """
 
 import logging
@@ -77,7 +77,7 @@ def class_tokens(model: PreTrainedModel, pixels: torch.Tensor) -> np.ndarray:
 
 
 def linear_probe(features: np.ndarray, labels: np.ndarray, split: Split) -> float:
-    """Test accuracy of a logistic regression whose strength is chosen on the validation part."""
+    """Share of test images named right by a logistic regression whose strength is chosen on the validation part."""
     probes = [
         make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000)).fit(
             features[split.train], labels[split.train]
@@ -91,7 +91,7 @@ def linear_probe(features: np.ndarray, labels: np.ndarray, split: Split) -> floa
 def fine_tune(
     model: torch.nn.Module, pixels: torch.Tensor, labels: np.ndarray, split: Split, rate: float, epochs: int
 ) -> float:
-    """Test accuracy after training what asks for gradients: AdamW, batches of 64, one-cycle rate, no augmentation."""
+    """Share of test images named right after training what asks for gradients: AdamW, batches of 64, one-cycle rate, no augmentation."""
     targets = torch.from_numpy(labels)
     steps = epochs * -(-len(split.train) // 64)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.01)
@@ -111,17 +111,17 @@ def fine_tune(
 
 
 def main() -> None:
-    """Measure each method over the seeds and log mean and single accuracies."""
+    """Measure each method over the seeds and log the mean and the single shares."""
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     pixels, labels = digit_pixels(args.model_name_or_path)
     features = class_tokens(AutoModel.from_pretrained(args.model_name_or_path), pixels)
     for method in args.methods:
-        accuracies = []
+        shares = []
         for seed in args.seeds:
             split = split_rows(labels, seed)
             if method == "linear":
-                accuracies.append(linear_probe(features, labels, split))
+                shares.append(linear_probe(features, labels, split))
                 continue
             set_seed(seed)
             model = AutoModelForImageClassification.from_pretrained(args.model_name_or_path, num_labels=10)
@@ -130,8 +130,8 @@ def main() -> None:
                 targets = ["q_proj", "v_proj"]
                 model = get_peft_model(model, LoraConfig(target_modules=targets, modules_to_save=["classifier"]))
                 rate = args.lora_learning_rate
-            accuracies.append(fine_tune(model, pixels, labels, split, rate, args.epochs))
-        logger.info("%s: mean %.4f of %s", method, np.mean(accuracies), [f"{a:.4f}" for a in accuracies])
+            shares.append(fine_tune(model, pixels, labels, split, rate, args.epochs))
+        logger.info("%s: mean %.4f of %s", method, np.mean(shares), [f"{a:.4f}" for a in shares])
 
 
 if __name__ == "__main__":

@@ -1,196 +1,217 @@
-"""A small Hub for tests: enough of the Hugging Face Hub's HTTP interface for the real client, on loopback.
+"""A Hub in memory on loopback: the part of its HTTP interface that the real client uses to push and to load.
 
-Large files go through a second server on another port, as the Hub's go through a CDN: requests there must not carry
-the user's token, and are refused if they do.
+All files are "regular" to it, so that the client sends them with the commit and needs no large file storage.
 """
 
+import base64
 import json
 import os
-import socket
+import re
 import threading
-from dataclasses import dataclass
+import uuid
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from hub_api import Request, Response, serve, serve_large_file
-from hub_store import HubError, Store
-
 
 @dataclass
-class Fault:
-    """A failure to come: the next `times` requests whose path holds `substring` are answered with `status`."""
+class Repo:
+    """One repository: its branches, and the files of every commit."""
 
-    substring: str
-    status: int
-    times: int
-    method: str | None
+    private: bool
+    branches: dict[str, str] = field(default_factory=dict)
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+
+    def commit(self, branch: str, files: dict[str, bytes]) -> str:
+        oid = uuid.uuid4().hex + "0" * 8
+        self.commits[oid], self.branches[branch] = files, oid
+        return oid
 
 
-@dataclass(frozen=True)
-class Logged:
-    """One request that was answered."""
+class Refusal(Exception):
+    """An answer other than success: status, and the Hub's error code."""
 
-    server: str
-    method: str
-    path: str
-    status: int
-    authorized: bool
+    def __init__(self, status: int, code: str = "", commit: str = "", **body: str) -> None:
+        super().__init__(code)
+        self.status, self.body = status, body
+        self.headers = {"X-Error-Code": code, "X-Error-Message": code or "refused", "X-Repo-Commit": commit}
 
 
 class Hub:
-    """The two servers, their content, and what tests need to steer and to look at them.
+    """The server, its repositories and its one user, whose `token` may write to repositories named "user/...".
 
     Attributes:
-        url: the endpoint (HF_ENDPOINT).
-        user, token: a user with a token that may write.
-        home: HF_HOME for the clients.
-        requests: every request answered so far.
+        url: the endpoint.
+        repos: repositories by kind ("models", "datasets") and id.
     """
 
-    def __init__(self, home: Path, user: str = "user") -> None:
-        self.home, self.user = home, user
-        self.store = Store()
-        self.token = self.store.add_user(user)
-        self.requests: list[Logged] = []
-        self._faults: list[Fault] = []
-        self._servers = {name: _Server(self, name) for name in ("hub", "cdn")}
-        self.url = f"http://127.0.0.1:{self._servers['hub'].server_port}"
-        # Under another name, since some versions of the client take one name with two ports for one host.
-        self.cdn_url = f"http://localhost:{self._servers['cdn'].server_port}"
+    user = "user"
 
-    def start(self) -> None:
-        for server in self._servers.values():
-            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    def __init__(self) -> None:
+        self.token = f"hf_{uuid.uuid4().hex}"
+        self.repos: dict[tuple[str, str], Repo] = {}
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
-    def stop(self) -> None:
-        for server in self._servers.values():
-            server.shutdown()
-            server.server_close()
-
-    @property
-    def env(self) -> dict[str, str]:
-        """The environment for a client in a process of its own, logged in as `user`."""
-        ours = ("HF_", "HUGGINGFACE", "TRANSFORMERS_OFFLINE", "DO_NOT_TRACK", "DISABLE_TELEMETRY")
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-        return inherited | {
+    def environment(self, home: str) -> dict[str, str]:
+        """The variables that lead the client here; it reads them once, when it is imported."""
+        return {
             "HF_ENDPOINT": self.url,
-            "HF_HOME": str(self.home),
+            "HF_HOME": home,
             "HF_TOKEN": self.token,
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "NO_PROXY": "127.0.0.1,localhost",
-            "no_proxy": "127.0.0.1,localhost",
+            "NO_PROXY": ",".join(filter(None, (os.environ.get("NO_PROXY"), "127.0.0.1"))),
         }
 
-    def add_user(self, name: str, role: str = "write") -> str:
-        """Another user's token (or another token of the same user); `role` is "read" or "write"."""
-        return self.store.add_user(name, role)
+    def files(self, repo_id: str, revision: str = "main", kind: str = "models") -> dict[str, bytes]:
+        """What a repository holds, without asking a client."""
+        repo = self.repos[kind, repo_id]
+        return repo.commits[repo.branches[revision]]
 
-    def fail_next(self, path_substring: str, status: int = 500, times: int = 1, method: str | None = None) -> None:
-        """Let the next `times` requests whose path holds `path_substring` fail with `status`; 0 drops the connection.
+    def answer(self, method: str, path: str, query: dict, body: bytes, user: str) -> tuple[Any, dict[str, str]]:
+        """Content (bytes, or else JSON) and headers of an answer."""
+        if path == "/api/whoami-v2":
+            if not user:
+                raise Refusal(401)
+            access = {"displayName": "test", "role": "write"}
+            return {"type": "user", "name": user, "orgs": [], "auth": {"accessToken": access}}, {}
+        if path == "/api/validate-yaml":
+            return {"errors": [], "warnings": []}, {}
+        if path == "/api/repos/create":
+            return self._create(json.loads(body), user), {}
+        found = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/([a-z-]+))?(?:/([^/]+))?(?:/(.+))?", path)
+        if found:
+            kind, repo_id, action, revision, inside = (unquote(part or "") for part in found.groups())
+            repo = self._find(kind, repo_id, user, write=method == "POST" and action != "paths-info")
+            if action == "tree":
+                return _tree(
+                    self._resolve(repo, revision)[1], inside, query.get("recursive", [""])[0].lower() in ("1", "true")
+                ), {}
+            return self._act(repo, repo_id, action, revision or "main", body), {}
+        found = re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        if found:
+            kind, repo_id, revision, name = (unquote(part or "") for part in found.groups())
+            repo = self._find(kind.rstrip("/") or "models", repo_id, user)
+            oid, files = self._resolve(repo, revision)
+            if name not in files:
+                raise Refusal(404, "EntryNotFound", oid)
+            return files[name], {"X-Repo-Commit": oid, "ETag": f'"{_etag(files[name])}"'}
+        raise Refusal(404)
 
-        Paths of uploads: `/preupload/`, `/info/lfs/objects/batch`, `/lfs-upload/` (on the CDN), `/commit/`; of
-        downloads: `/resolve/`, `/lfs-download/` (on the CDN). Except for `/commit/`, the client tries five times more
-        after 408, 429, 5xx and dropped connections.
-        """
-        with self.store.lock:
-            self._faults.append(Fault(path_substring, status, times, method))
+    def _create(self, asked: dict[str, Any], user: str) -> dict[str, str]:
+        repo_id = f"{asked.get('organization') or user}/{asked['name']}"
+        key = (f"{asked.get('type') or 'model'}s", repo_id)
+        if not user:
+            raise Refusal(401)
+        if not repo_id.startswith(f"{self.user}/"):
+            raise Refusal(403)
+        if key in self.repos:
+            raise Refusal(409, url=f"{self.url}/{repo_id}")
+        repo = self.repos[key] = Repo(bool(asked.get("private")) or asked.get("visibility") == "private")
+        repo.commit("main", {})
+        return {"url": f"{self.url}/{repo_id}", "name": repo_id, "id": repo_id}
 
-    def files(self, repo_id: str, revision: str = "main", repo_type: str = "model") -> dict[str, bytes]:
-        """What the Hub holds, without asking a client; .gitattributes, which every repository has, is left out."""
-        commit = self.store.repos[repo_type, repo_id].resolve(revision)
-        return {path: blob.data for path, blob in commit.files.items() if path != ".gitattributes"}
+    def _find(self, kind: str, repo_id: str, user: str, write: bool = False) -> Repo:
+        repo = self.repos.get((kind, repo_id))
+        if repo is None or ((repo.private or write) and not user):
+            raise Refusal(404 if user else 401, "RepoNotFound")
+        return repo
 
-    def take_fault(self, method: str, path: str) -> int | None:
-        """The status with which a request must fail, if it must."""
-        with self.store.lock:
-            for fault in self._faults:
-                if fault.times > 0 and fault.substring in path and fault.method in (None, method):
-                    fault.times -= 1
-                    return fault.status
-        return None
+    @staticmethod
+    def _resolve(repo: Repo, revision: str) -> tuple[str, dict[str, bytes]]:
+        oid = repo.branches.get(revision, revision)
+        if oid not in repo.commits:
+            raise Refusal(404, "RevisionNotFound")
+        return oid, repo.commits[oid]
+
+    def _act(self, repo: Repo, repo_id: str, action: str, revision: str, body: bytes) -> Any:
+        if action == "branch":
+            if revision in repo.branches:
+                raise Refusal(409)
+            repo.branches[revision] = repo.branches["main"]
+            return {}
+        oid, files = self._resolve(repo, revision)
+        if action in ("", "revision"):
+            names = [{"rfilename": name} for name in sorted(files)]
+            return {"id": repo_id, "sha": oid, "private": repo.private, "tags": [], "siblings": names}
+        if action == "paths-info":
+            return [_entry(name, files) for name in parse_qs(body.decode())["paths"] if name in _names(files)]
+        if action == "preupload":
+            modes = {"uploadMode": "regular", "shouldIgnore": False}
+            return {"files": [{"path": asked["path"], **modes} for asked in json.loads(body)["files"]]}
+        if action == "commit":
+            _, *operations = [json.loads(line) for line in body.splitlines() if line]
+            changed = {o["value"]["path"]: base64.b64decode(o["value"]["content"]) for o in operations}
+            made = repo.commit(revision, {**files, **changed})
+            return {"success": True, "commitOid": made, "commitUrl": f"{self.url}/{repo_id}/commit/{made}"}
+        raise Refusal(404)
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
+def _etag(content: bytes) -> str:
+    return uuid.uuid5(uuid.NAMESPACE_OID, content.hex()).hex
 
-    def __init__(self, hub: Hub, name: str) -> None:
-        self.hub, self.name = hub, name
-        super().__init__(("127.0.0.1", 0), _Handler)
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no news."""
+def _names(files: dict[str, bytes]) -> set[str]:
+    """Files, and the folders they lie in."""
+    folders = (str(folder) for name in files for folder in PurePosixPath(name).parents)
+    return {*files, *folders} - {"."}
+
+
+def _entry(name: str, files: dict[str, bytes]) -> dict[str, Any]:
+    if name not in files:
+        return {"type": "directory", "path": name, "oid": _etag(name.encode()), "size": 0}
+    return {"type": "file", "path": name, "oid": _etag(files[name]), "size": len(files[name])}
+
+
+def _tree(files: dict[str, bytes], inside: str, recursive: bool) -> list[dict[str, Any]]:
+    found = [name for name in sorted(_names(files)) if not inside or name.startswith(f"{inside}/")]
+    if not found:
+        raise Refusal(404, "EntryNotFound")
+    depth = inside.count("/") + 1 if inside else 0
+    return [_entry(name, files) for name in found if recursive or name.count("/") == depth]
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: _Server
+    hub: Hub
 
-    def log_message(self, format: str, *args: Any) -> None:
-        """The requests are kept in `Hub.requests` instead of being printed."""
+    def log_message(self, *args: Any) -> None:
+        """Requests are not printed."""
 
     def do_GET(self) -> None:
-        hub, url = self.server.hub, urlsplit(self.path)
-        body = self._read_body()
-        status = hub.take_fault(self.command, unquote(self.path))
-        if status == 0:
-            self._log(0)
-            self.close_connection = True
-            self.connection.shutdown(socket.SHUT_RDWR)
-            return
+        body, url = self._read_body(), urlsplit(self.path)
+        shown = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        status, content, headers = 200, b"", {}
         try:
-            if status is not None:
-                error = HubError(status, "", "Failure on demand")
-                error.headers["Retry-After"] = "0"
-                raise error
-            request = Request(
-                method=self.command,
-                path=url.path,
-                query=parse_qs(url.query),
-                headers=dict(self.headers.items()),
-                body=body,
-                endpoint=hub.url,
-                cdn=hub.cdn_url,
-            )
-            if self.server.name == "cdn":
-                response = serve_large_file(hub.store, request)
-            else:
-                with hub.store.lock:
-                    response = serve(hub.store, request)
-        except HubError as error:
-            headers = {"X-Error-Message": error.message, **error.headers}
-            if error.code:
-                headers["X-Error-Code"] = error.code
-            response = Response({"error": error.message, **error.body}, error.status, headers)
-        self._send(response)
-
-    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
-
-    def _read_body(self) -> bytes:
-        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        body = b""
-        while size := int(self.rfile.readline().split(b";")[0], 16):
-            body += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-        return body
-
-    def _send(self, response: Response) -> None:
-        content = response.content if isinstance(response.content, bytes) else json.dumps(response.content).encode()
-        headers = {"Content-Type": "application/json", "Content-Length": str(len(content)), **response.headers}
-        self._log(response.status)
-        self.send_response(response.status)
-        for name, value in headers.items():
+            if shown not in ("", self.hub.token):
+                raise Refusal(401)
+            user = self.hub.user if shown else ""
+            content, headers = self.hub.answer(self.command, url.path, parse_qs(url.query), body, user)
+        except Refusal as refusal:
+            status, content, headers = refusal.status, refusal.body, refusal.headers
+        if not isinstance(content, bytes):
+            content = json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    def _log(self, status: int) -> None:
-        authorized = "Authorization" in self.headers
-        self.server.hub.requests.append(Logged(self.server.name, self.command, self.path, status, authorized))
+    do_HEAD = do_POST = do_GET
+
+    def _read_body(self) -> bytes:
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body

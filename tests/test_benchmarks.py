@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import adapters
+from benchmarks import adapters, overhead
 from benchmarks.adapters import AdaptersArguments
 from benchmarks.cost import CostArguments, main, measure
 from benchmarks.measure import Runner, Samples, added_memory, interleave
@@ -55,7 +56,7 @@ def test_a_run_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert row["inference"] is not None
         assert (row["step"] is not None) == (row["added_bytes"] is not None) == METHODS[name].trains
     assert rows[FLOOR, None]["memory"] == 1.0
-    assert page.count("\n| ") >= len(rows) and "VPT-deep, keys/values | 5 | " in page
+    assert page.count("\n| ") >= len(rows) and re.search(r"VPT-deep, keys/values +\| +5 \| ", page)
     assert len(results["comparisons"]) == 4
     assert (tmp_path / f"{stem}.png").read_bytes()[1:4] == b"PNG"
     for text in (page, json.dumps(results)):
@@ -199,3 +200,45 @@ def test_many_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_bad_flags_of_many_adapters(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AdaptersArguments(**given)
+
+
+def test_overhead_relates_each_method_to_the_plain_model_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plain model slows down steadily and every method takes twice as long, so drift must cancel."""
+    calls: list[str] = []
+    clock = iter(range(1000))
+
+    def fake(call: Any, device: torch.device) -> float:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.Module, "__call__", lambda self, **_: calls.append(type(self).__name__))
+            call()
+        return (1 if calls[-1] == "ViTModel" else 2) * (100.0 + next(clock))
+
+    monkeypatch.setattr(overhead, "seconds", fake)
+    found = overhead.measure(overhead.OverheadArguments(pairs=4, passes=3))
+    assert list(found) == ["LoRA r=8", "VPT-deep", "VPT-deep, merged", "gated prompts"]
+    for taken, ratio in found.values():
+        assert (ratio.low, ratio.median, ratio.high) == pytest.approx((2, 2, 2))
+        assert taken.median > 2 * 1e3 * 100 / 3
+    # 5 models warm up; 4 rounds of 4 methods between 5 timings of the plain one
+    assert len(calls) == 3 * (5 + 4 * 9) and calls.count("ViTModel") == 3 * (1 + 4 * 5)
+
+
+def test_overhead_prints_quartiles(capsys: pytest.CaptureFixture[str]) -> None:
+    assert overhead.main(["--pairs", "2", "--passes", "1"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(rows) == 5
+    for row in rows[1:]:
+        _, taken, ratio, quartiles = (cell.strip() for cell in row.strip("|").split("|"))
+        low, high = map(float, quartiles.split(" to "))
+        assert float(taken) > 0 and low <= float(ratio) <= high
+    with pytest.raises(ValueError, match="pairs=0 must be at least 1"):
+        overhead.OverheadArguments(pairs=0)
+
+
+def test_overhead_measures_what_it_says() -> None:
+    model = overhead.make_model()
+    output = model(pixel_values=torch.zeros(1, 3, 32, 32)).last_hidden_state
+    assert output.shape == (1, 17, 48) and len(model.layers) == 12 and not model.training
+    merged: Any = overhead.METHODS["VPT-deep, merged"](model)
+    # Deep prompts that are merged are constants, so that they get no gradient
+    assert not merged(pixel_values=torch.zeros(1, 3, 32, 32)).last_hidden_state.requires_grad

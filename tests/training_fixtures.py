@@ -1,5 +1,7 @@
 """A tiny backbone and short runs on scikit-learn's digits, shared by the tests of training and command line."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -31,27 +33,28 @@ def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+def short_run(backbone: str, output_dir: Path, **given):
+    """Arguments of a short run on digits; keywords replace them."""
+    return parse_args(
+        {
+            "model_name_or_path": backbone,
+            "dataset_name": "digits",
+            "max_train_samples": 96,
+            "max_eval_samples": 50,
+            "max_predict_samples": 50,
+            "per_device_train_batch_size": 32,
+            "num_train_epochs": 1,
+            "output_dir": str(output_dir),
+            "disable_tqdm": True,
+            **given,
+        }
+    )
+
+
 @pytest.fixture
 def make_arguments(tiny_vit: str, tmp_path: Path):
-    """Arguments of a short run on digits into `tmp_path / "out"`; keywords replace them."""
-
-    def make(**given):
-        return parse_args(
-            {
-                "model_name_or_path": tiny_vit,
-                "dataset_name": "digits",
-                "max_train_samples": 96,
-                "max_eval_samples": 50,
-                "max_predict_samples": 50,
-                "per_device_train_batch_size": 32,
-                "num_train_epochs": 1,
-                "output_dir": str(tmp_path / "out"),
-                "disable_tqdm": True,
-                **given,
-            }
-        )
-
-    return make
+    """`short_run` on the tiny ViT into `tmp_path / "out"`."""
+    return lambda **given: short_run(tiny_vit, **{"output_dir": tmp_path / "out", **given})
 
 
 @pytest.fixture
@@ -63,3 +66,29 @@ def run(make_arguments):
         return train(arguments), Path(arguments.training.output_dir)
 
     return do
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_vit: str, tmp_path_factory: pytest.TempPathFactory):
+    """(metrics, output folder) of a run that is made once for all tests that ask for it; they only read it."""
+    runs: dict[str, tuple[dict[str, float], Path]] = {}
+
+    def get(**given):
+        key = json.dumps(given, sort_keys=True)
+        if key not in runs:
+            folder = tmp_path_factory.mktemp("finished") / "out"
+            runs[key] = train(short_run(tiny_vit, folder, **given)), folder
+        return runs[key]
+
+    return get
+
+
+@pytest.fixture
+def copied(finished, tmp_path: Path):
+    """Likewise, as a copy in `tmp_path / "out"` that a test may change."""
+
+    def get(**given):
+        metrics, folder = finished(**given)
+        return metrics, Path(shutil.copytree(folder, tmp_path / "out"))
+
+    return get

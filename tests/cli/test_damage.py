@@ -12,11 +12,8 @@ pytest_plugins = ["training_fixtures"]
 
 
 @pytest.fixture
-def adapter(run):
-    def make(method):
-        return run(method=method, max_steps=1)[1]
-
-    return make
+def adapter(copied):
+    return lambda method: copied(method=method)[1]
 
 
 def last_line(capsys):

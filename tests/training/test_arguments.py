@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from vpt_peft.data.arguments import DataArguments
 from vpt_peft.training.arguments import METHODS, MethodArguments, VPTTrainingArguments, from_record, parse_args
-from vpt_peft.training.data import DataArguments
 
 
 @pytest.fixture

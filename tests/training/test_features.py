@@ -8,11 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vpt_peft.training.data import load_image_dataset
-from vpt_peft.training.feature_cache import FeatureCache, collate_features
-from vpt_peft.training.features import FEATURES, FeatureFeed, find_cut
-from vpt_peft.training.methods import build_model, load_image_processor
-from vpt_peft.training.transforms import build_transform, collate_fn
+from vpt_peft.tasks.classification import TASK
+from vpt_peft.training.feature_cache import FeatureCache
+from vpt_peft.training.features import FEATURES, CachedForward, find_split_point
+from vpt_peft.training.model import build_model, load_image_processor
 
 
 pytest_plugins = ["training_fixtures"]
@@ -21,13 +20,13 @@ LATE = {"method": "vpt", "layers_to_transform": [1, 2]}
 
 @pytest.fixture
 def start(make_arguments):
-    """Model and cut of a method."""
+    """Model and split_point of a method."""
 
     def do(**given):
         arguments = make_arguments(**given)
         torch.manual_seed(0)
         model = build_model(arguments.model, arguments.method, dict(enumerate("abcdefghij")))
-        return model, find_cut(model, arguments.method, arguments.data.augmentation)
+        return model, find_split_point(model, arguments.method, arguments.data.augmentation)
 
     return do
 
@@ -87,25 +86,25 @@ def test_what_cannot_be_cached_is_refused_before_anything_is_written(run, tmp_pa
 
 @pytest.mark.parametrize(("given", "shape"), [({"method": "linear"}, (32,)), (LATE, (17, 32))], ids=str)
 def test_features_are_the_inputs_of_the_cut(start, make_arguments, tmp_path, given, shape):
-    model, cut = start(**given)
+    model, split_point = start(**given)
     arguments = make_arguments(**given)
-    split = load_image_dataset(arguments.data)["validation"]
-    rows = split.with_transform(build_transform(load_image_processor(arguments.model)))
-    stored = FeatureCache(model, cut, {}, tmp_path, 10**9).store(split, rows, collate_fn)
+    split = TASK.read(arguments.data)["validation"]
+    rows = split.with_transform(TASK.transform(load_image_processor(arguments.model)))
+    stored = FeatureCache(model, split_point, {}, tmp_path, 10**9).store(split, rows, TASK)
     assert stored.features.shape == (50, *shape) and stored.features.dtype == np.float32
     assert isinstance(stored.features, np.memmap)
-    images = collate_fn([rows[index] for index in range(50)])
+    images = TASK.collate([rows[index] for index in range(50)])
     with torch.no_grad():
         hidden = model.eval()(pixel_values=images["pixel_values"], output_hidden_states=True).hidden_states
     vit = (model.get_base_model() if "layers_to_transform" in given else model).vit
     expected = vit.layernorm(hidden[-1])[:, 0] if given["method"] == "linear" else hidden[1]
     assert torch.allclose(torch.from_numpy(np.array(stored.features)), expected, atol=1e-6)
-    batch = collate_features([stored[index] for index in range(50)])
+    batch = TASK.collate([stored[index] for index in range(50)])
     assert torch.equal(batch["labels"], images["labels"])
 
 
 def test_feed_skips_the_blocks_and_leaves_the_model_as_it_was(start):
-    model, cut = start(**LATE)
+    model, split_point = start(**LATE)
     base = model.get_base_model()
     images = torch.randn(2, 3, 16, 16)
     caught, runs = [], []
@@ -113,15 +112,15 @@ def test_feed_skips_the_blocks_and_leaves_the_model_as_it_was(start):
     base.vit.layers[0].mlp.register_forward_hook(lambda *_: runs.append(1))
     with torch.no_grad():
         expected = model.eval()(pixel_values=images).logits
-        with FeatureFeed(model, cut, (3, 16, 16)) as feed:
+        with CachedForward(model, split_point, (3, 16, 16)) as forward:
             assert torch.equal(model(pixel_values=images).logits, expected)
-            feed.check(images, caught[0])
+            forward.check(images, caught[0])
             ran = len(runs)
             assert torch.allclose(model(**{FEATURES: caught[0]}).logits, expected, atol=1e-6)
             assert len(runs) == ran
             assert torch.equal(model(pixel_values=images).logits, expected)
             with pytest.raises(ValueError, match="logits from features differ"):
-                feed.check(images, torch.randn_like(caught[0]))
+                forward.check(images, torch.randn_like(caught[0]))
         assert torch.equal(model(pixel_values=images).logits, expected)
         with pytest.raises((TypeError, AttributeError)):
             model(**{FEATURES: caught[0]})
@@ -135,15 +134,15 @@ class Key:
         self.start, self.make_arguments, self.folder = start, make_arguments, folder
 
     def __call__(self, change=None, preprocessing="p", autocast=None, **given):
-        model, cut = self.start(**{**LATE, **given})
+        model, split_point = self.start(**{**LATE, **given})
         if change is not None:
             change(model)
         arguments = self.make_arguments(**{**LATE, **given})
-        split = load_image_dataset(arguments.data)["validation"]
-        rows = split.with_transform(build_transform(load_image_processor(arguments.model)))
-        cache = FeatureCache(model, cut, {"x": preprocessing}, self.folder, 10**9, autocast)
+        split = TASK.read(arguments.data)["validation"]
+        rows = split.with_transform(TASK.transform(load_image_processor(arguments.model)))
+        cache = FeatureCache(model, split_point, {"x": preprocessing}, self.folder, 10**9, autocast)
         before = set(self.folder.iterdir()) if self.folder.exists() else set()
-        cache.store(split, rows, collate_fn)
+        cache.store(split, rows, TASK)
         return len(set(self.folder.iterdir()) - before)
 
 
@@ -158,7 +157,7 @@ def test_entries_are_told_apart_by_all_they_depend_on(start, make_arguments, tmp
 
     assert new_entries() == 1
     assert new_entries() == 0
-    # What lies above the cut does not matter
+    # What lies above the split_point does not matter
     assert new_entries(num_virtual_tokens=3) == 0
     assert new_entries(nudge) == 1
     assert new_entries(other_epsilon) == 1

@@ -15,27 +15,22 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from transformers import AutoModelForImageClassification
 
-import vpt_peft.training.hub as hub_module
+import vpt_peft.hub as hub_module
+from vpt_peft.cli.main import main
+from vpt_peft.data.arguments import DataArguments
+from vpt_peft.data.images import DataError, find_images
+from vpt_peft.hub import push_adapter
 from vpt_peft.training.arguments import from_record
-from vpt_peft.training.data import DataArguments, DataError
-from vpt_peft.training.hub import push_adapter
-from vpt_peft.training.inference import (
-    as_table,
-    evaluate_model,
-    find_images,
-    load_adapter_model,
-    predict_images,
-    read_record,
-)
-from vpt_peft.training.train import train
+from vpt_peft.training.evaluation import as_table, evaluate_model, predict_images
+from vpt_peft.training.inference import load_adapter_model, read_record
 
 
-pytest_plugins = ["training_fixtures", "hub_fixtures"]
+pytest_plugins = ["training_fixtures"]
 
 
-@pytest.fixture
-def trained(run):
-    metrics, out = run(method="vpt", num_virtual_tokens=3)
+@pytest.fixture(scope="module")
+def trained(finished):
+    metrics, out = finished(method="vpt", num_virtual_tokens=3)
     return metrics, out, *load_adapter_model(out)
 
 
@@ -113,7 +108,7 @@ def image_folder(root, names):
 
 
 def test_labels_are_matched_by_name(trained, tmp_path):
-    _, _, model, processor = trained
+    model, processor = load_adapter_model(trained[1])
     model.config.id2label = {**model.config.id2label, 0: "cat", 3: "dog"}
     data = DataArguments(dataset_name=str(image_folder(tmp_path / "pets", ["cat", "dog"])))
     found = evaluate_model(model, processor, data)
@@ -143,9 +138,8 @@ def test_folders_that_hold_no_adapter(tmp_path, content, message):
         load_adapter_model(tmp_path)
 
 
-def test_weights_of_another_shape_are_refused(run, tmp_path):
-    _, out = run(method="linear")
-    _, other = run(method="linear", output_dir=str(tmp_path / "other"))
+def test_weights_of_another_shape_are_refused(copied):
+    _, out = copied(method="linear")
     note = json.loads((out / "config.json").read_text())
     note["id2label"] = dict(list(note["id2label"].items())[:4])
     (out / "config.json").write_text(json.dumps(note))
@@ -214,8 +208,21 @@ def test_failed_upload_says_how_to_go_on(hub, trained, monkeypatch):
         push_adapter(out / "checkpoint-none", "user/digits")
 
 
-def test_training_pushes_the_finished_adapter(hub, make_arguments, tmp_path):
-    train(make_arguments(method="linear", push_to_hub=True, hub_model_id="user/pushed", hub_token=hub.token))
+def test_training_pushes_the_finished_adapter(hub, tiny_vit, tmp_path, capsys):
+    flags = {
+        "model_name_or_path": tiny_vit,
+        "output_dir": tmp_path / "out",
+        "method": "linear",
+        "max_steps": 1,
+        "eval_strategy": "no",
+        "load_best_model_at_end": False,
+        "disable_tqdm": True,
+        "push_to_hub": True,
+        "hub_model_id": "user/pushed",
+        "hub_token": hub.token,
+    }
+    assert main(["train", *(f"--{name}={value}" for name, value in flags.items())]) == 0
+    assert "user/pushed" in capsys.readouterr().out.splitlines()[-1]
     files = set(HfApi().list_repo_files("user/pushed"))
     assert {"vpt_peft_baseline.safetensors", "vpt_peft_baseline.json", "config.json", "README.md"} <= files
     loaded, _ = load_adapter_model("user/pushed")

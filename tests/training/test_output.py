@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vpt_peft.training.output import claim_output_dir, full_disk_explained, last_checkpoint, write_whole
+from vpt_peft.files import write_whole
+from vpt_peft.training.output import claim_output_dir, full_disk_explained, last_checkpoint
 
 
 pytest_plugins = ["training_fixtures"]

@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from vpt_peft.training.data import load_image_dataset
-from vpt_peft.training.methods import build_model, check_trainable, load_image_processor
+from vpt_peft.tasks.classification import TASK
+from vpt_peft.training.model import build_model, check_trainable, load_image_processor
 from vpt_peft.training.report import SavedBytes, StepCost, describe_run, measure_step
 from vpt_peft.training.trainer import VPTTrainer
-from vpt_peft.training.transforms import build_transform, collate_fn
 
 
 pytest_plugins = ["training_fixtures"]
@@ -17,16 +16,16 @@ pytest_plugins = ["training_fixtures"]
 def trainer_of(make_arguments):
     def make(method):
         arguments = make_arguments(method=method)
-        rows = load_image_dataset(arguments.data)["train"]
-        rows = rows.with_transform(build_transform(load_image_processor(arguments.model)))
+        rows = TASK.read(arguments.data)["train"]
+        rows = rows.with_transform(TASK.transform(load_image_processor(arguments.model)))
         model = build_model(arguments.model, arguments.method, dict(enumerate("abcdefghij")))
         return VPTTrainer(
+            task=TASK,
             method=arguments.method,
             model=model,
             args=arguments.training,
             train_dataset=rows,
             eval_dataset=rows,
-            data_collator=collate_fn,
         )
 
     return make

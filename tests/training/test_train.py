@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import vpt_peft.training.train as program
+from vpt_peft.data.arguments import DataArguments
+from vpt_peft.files import written_beside
 from vpt_peft.training.arguments import from_record, parse_args
-from vpt_peft.training.data import DataArguments
-from vpt_peft.training.inference import evaluate_model, load_adapter_model, read_record
-from vpt_peft.training.output import last_checkpoint, prepare_output_dir, written_beside
+from vpt_peft.training.evaluation import evaluate_model
+from vpt_peft.training.inference import load_adapter_model, read_record
+from vpt_peft.training.output import last_checkpoint, prepare_output_dir
 from vpt_peft.training.train import train
 from vpt_peft.training.trainer import TrainingDiverged, VPTTrainer
 
@@ -202,7 +204,7 @@ def test_earlier_results_need_a_flag(run):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "message"), [("last", "no complete checkpoint"), ("missing", "'missing' is no complete checkpoint")]
+    ("wanted", "message"), [("last", "no complete checkpoint"), ("missing", "'missing' is not a complete checkpoint")]
 )
 def test_nothing_to_resume_from(make_arguments, wanted, message):
     with pytest.raises(FileNotFoundError, match=message):

@@ -12,14 +12,14 @@ def run(argv: Sequence[str]) -> int:
 
     parser = ArgumentParser(
         prog="vpt-peft convert",
-        description="Convert an official ViT checkpoint to a Hugging Face folder; no code in it is run.",
+        description="Convert an official ViT checkpoint to a Hugging Face folder; no code in it runs.",
         allow_abbrev=False,
     )
     parser.add_argument("checkpoint", help=".pth, .pth.tar, .safetensors or .npz file")
     parser.add_argument("output_dir", help="folder to write")
     parser.add_argument("--source", choices=("auto", *SOURCES), default="auto", help="where the checkpoint comes from")
-    parser.add_argument("--image_size", type=int, help="pixels a side, where the weights leave it open")
-    parser.add_argument("--num_heads", type=int, help="attention heads, where the weights leave it open")
+    parser.add_argument("--image_size", type=int, help="pixels a side, where the weights do not tell")
+    parser.add_argument("--num_heads", type=int, help="attention heads, where the weights do not tell")
     parser.add_argument("--normalization", choices=("auto", "imagenet", "half"), default="auto", help="mean and std")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion in output_dir")
     own = parser.parse_args(list(argv))

@@ -10,21 +10,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..reporting import markdown_table
+
 
 if TYPE_CHECKING:
     from ..cost import CostEstimate
 
-COLUMNS = ("method", "trained values", "% of all", "on disk", "GFLOP forward", "GFLOP step", "memory", "largest batch")
-
 
 def run(argv: Sequence[str]) -> int:
-    """Print what training would cost, one row per method; nothing is downloaded but the model's configuration."""
+    """Print what training costs, one row per method; only the configuration of the model is downloaded."""
     from ..cost import OPTIMIZER_STATES, estimate_costs
-    from ..skeleton import METHODS
+    from ..methods import METHODS
 
     parser = ArgumentParser(
         prog="vpt-peft cost",
-        description="What training would cost with each method: values, disk, FLOPs, memory, the largest batch.",
+        description="Estimate what training costs with each method: parameters, disk, FLOPs, memory, the largest batch.",
         allow_abbrev=False,
     )
     parser.add_argument("--model_name_or_path", default="embedded", help="Hub id or folder, or an embedded backbone")
@@ -32,19 +32,21 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--num_virtual_tokens", type=int, default=10, help="prompts per prompted block")
     parser.add_argument("--num_labels", type=int, help="labels of the head; default: as the configuration says")
     parser.add_argument("--batch_size", type=int, default=8, help="images per step")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights")
-    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 over weights as they are (autocast)")
-    parser.add_argument("--gradient_checkpointing", action="store_true", help="compute blocks again going back")
-    parser.add_argument("--optimizer", choices=tuple(OPTIMIZER_STATES), default="adamw", help="whose moments count")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the weights")
     parser.add_argument(
-        "--memory_limit_gb", type=float, help="gigabytes (10^9) to stay in; default: what is available"
+        "--bf16", action="store_true", help="compute in bfloat16 (autocast); the weights keep their dtype"
+    )
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="recompute blocks in the backward pass")
+    parser.add_argument("--optimizer", choices=tuple(OPTIMIZER_STATES), default="adamw", help="whose state counts")
+    parser.add_argument(
+        "--memory_limit_gb", type=float, help="gigabytes (10^9) that training may use; default: what is available"
     )
     parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     parser.add_argument("--lora_r", type=int, default=8, help="lora: rank")
     parser.add_argument("--partial_blocks", type=int, default=1, help="partial: last blocks that train")
     parser.add_argument("--mlp_layers", type=int, default=3, help="mlp: linear layers of the head")
     parser.add_argument("--adapter_reduction", type=int, default=8, help="adapter: hidden size over bottleneck width")
-    parser.add_argument("--format", choices=("table", "json"), default="table", help="what is printed")
+    parser.add_argument("--format", choices=("table", "json"), default="table", help="output format")
     parser.add_argument("--output_file", help="also write the estimates to this .json file")
     own = vars(parser.parse_args(list(argv)))
 
@@ -66,38 +68,26 @@ def run(argv: Sequence[str]) -> int:
 
 
 def as_table(estimates: Sequence[CostEstimate]) -> str:
-    """The estimates as aligned columns, which is a markdown table as well."""
-    cells = [list(COLUMNS), *map(_row, estimates)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(COLUMNS))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    cells.insert(1, rule)
-    lines = [_line(row, widths) for row in cells]
+    """Return the estimates as a markdown table, and what the columns mean."""
+    rows = [
+        {
+            "method": estimate.method,
+            "trainable parameters": f"{estimate.trainable_values:,}",
+            "% of all": f"{100 * estimate.trainable_values / estimate.total_values:.2f}",
+            "on disk": _size(estimate.disk_bytes),
+            "GFLOP forward": f"{estimate.forward_flops / 1e9:,.1f}",
+            "GFLOP step": f"{estimate.step_flops / 1e9:,.1f}",
+            "memory": _size(estimate.peak_bytes),
+            "largest batch": f"{estimate.largest_batch_size:,}",
+        }
+        for estimate in estimates
+    ]
     first = estimates[0]
-    lines += [
-        "",
-        f"{first.dtype} weights, {first.batch_size} images a step; memory is weights, moments, images and the most a step "
-        f"adds; the largest batch fits {_size(first.memory_limit)} with room for what an allocator holds in fragments.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    """The first column to the left, the numbers to the right."""
-    padded = [cells[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(cells[1:], widths[1:], strict=True))]
-    return f"| {' | '.join(padded)} |"
-
-
-def _row(estimate: CostEstimate) -> list[str]:
-    return [
-        estimate.method,
-        f"{estimate.trainable_values:,}",
-        f"{100 * estimate.trainable_values / estimate.total_values:.2f}",
-        _size(estimate.disk_bytes),
-        f"{estimate.forward_flops / 1e9:,.1f}",
-        f"{estimate.step_flops / 1e9:,.1f}",
-        _size(estimate.peak_bytes),
-        f"{estimate.largest_batch_size:,}",
-    ]
+    return (
+        f"{markdown_table(rows, left=['method'])}\n{first.dtype} weights, {first.batch_size} images a step; memory is "
+        "weights, optimizer state, images and the most a step adds; the largest batch fits "
+        f"{_size(first.memory_limit)} with room for what an allocator holds in fragments.\n"
+    )
 
 
 def _size(count: int) -> str:

@@ -17,16 +17,16 @@ def run(argv: Sequence[str]) -> int:
         description="Fine-tune the embedded backbones on handwritten digits, offline: a linear probe against prompts.",
     )
     parser.add_argument("--output_dir", default="out/demo", help="gets adapters, table and picture")
-    parser.add_argument("--num_train_epochs", type=float, help="epochs of every row, in place of its own")
+    parser.add_argument("--num_train_epochs", type=float, help="epochs of every row, instead of its own")
     parser.add_argument("--seed", type=int, default=0, help="of initial values and the order of images")
     options = parser.parse_args(list(argv))
     from transformers.utils import logging as transformers_logging
 
-    from ..training.demo import SHOWN, as_markdown, run_demo
+    from .demo_runs import SHOWN, as_markdown, run_demo
 
     # Six runs: one line and one bar each, not what a single run tells
     logging.getLogger("vpt_peft").setLevel(logging.WARNING)
-    logging.getLogger("vpt_peft.training.demo").setLevel(logging.INFO)
+    logging.getLogger("vpt_peft.cli.demo_runs").setLevel(logging.INFO)
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
 
@@ -36,5 +36,5 @@ def run(argv: Sequence[str]) -> int:
     folder = Path(options.output_dir)
     print(f"\n{as_markdown(rows)}")
     print(f"Took {time.perf_counter() - start:.0f} s. The picture is {folder / 'demo.png'}.")
-    print(f"The VPT-deep adapter is in {folder / SHOWN.folder}; loaded again, it gave the same accuracy.")
+    print(f"The VPT-deep adapter is in {folder / SHOWN.folder}; loaded again, it scored the same.")
     return 0

@@ -11,28 +11,34 @@ from .options import add_adapter_options, need_training, prepare_output_file
 
 
 def run(argv: Sequence[str]) -> int:
-    """Evaluate on the data the adapter was trained on, or on what the data flags say; print the metrics as JSON."""
+    """Evaluate on the data the adapter was trained on, or on other data; print the metrics as JSON."""
     need_training()
+    from ..data.arguments import DataArguments
+    from ..files import write_json
+    from ..tasks import get_task
     from ..training.arguments import FlagParser, from_record
-    from ..training.data import DataArguments
-    from ..training.inference import evaluate_model, load_adapter_model, local_folder, move_to, read_record
-    from ..training.output import write_json
+    from ..training.evaluation import evaluate_model
+    from ..training.inference import load_adapter_model, local_folder, move_to, read_record
 
     parser = FlagParser(
         DataArguments,
         prog="vpt-peft evaluate",
-        description="Evaluate an adapter on the data it was trained on; flags about the data replace those of then.",
+        description="Evaluate an adapter on the data it was trained on; data flags override the training ones.",
     ).without_defaults()
     add_adapter_options(parser)
-    parser.add_argument("--split", default="test", help="train, validation, test, or the data's own name of a split")
+    parser.add_argument(
+        "--split", default="test", help="train, validation, test, or any split of the data by its own name"
+    )
     parser.add_argument("--output_file", help="also write the metrics to this .json file")
     own = parser.parse_args(list(argv))
 
     prepare_output_file(own.output_file)
     folder = local_folder(own.adapter, own.revision, own.subfolder, own.token, own.cache_dir)
-    data = from_record(DataArguments, {**read_record(folder), **vars(own)})
+    record = read_record(folder)
+    data = from_record(DataArguments, {**record, **vars(own)})
+    task = get_task(record.get("task", get_task().pipeline_tag))
     model, processor = load_adapter_model(folder, own.base_model, token=own.token, cache_dir=own.cache_dir)
-    metrics = evaluate_model(move_to(model, own.device), processor, data, own.split, own.batch_size, own.token)
+    metrics = evaluate_model(move_to(model, own.device), processor, data, own.split, own.batch_size, own.token, task)
     if own.output_file is not None:
         write_json(Path(own.output_file), metrics)
     json.dump(metrics, sys.stdout, indent=2)

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 # name: (module with `run(argv) -> int`, what it does); modules are imported when their command is called
 COMMANDS = {
-    "demo": ("vpt_peft.cli.demo", "train on the embedded backbones and digits, offline, in two minutes"),
+    "demo": ("vpt_peft.cli.demo", "train on embedded backbones and digits, offline, in two minutes"),
     "train": ("vpt_peft.cli.train", "train prompts or a baseline, save the adapter with its card"),
     "evaluate": ("vpt_peft.cli.evaluate", "evaluate an adapter folder or Hub id on a split"),
     "sweep": ("vpt_peft.cli.sweep", "search settings on the validation split, test the best"),
     "compare": ("vpt_peft.cli.compare", "train several methods with several seeds to one table"),
-    "plot": ("vpt_peft.cli.plot", "draw learning curves, or accuracy against trained values"),
+    "plot": ("vpt_peft.cli.plot", "draw learning curves, or scores against trainable parameters"),
     "predict": ("vpt_peft.cli.predict", "predict images or folders of images to a table"),
     "cost": ("vpt_peft.cli.cost", "estimate what training would cost: values, disk, FLOPs, memory, largest batch"),
     "export": ("vpt_peft.cli.export", "write an adapter with backbone and head to one ONNX or torch.export file"),

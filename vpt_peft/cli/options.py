@@ -20,7 +20,8 @@ def need_training() -> None:
     Raises:
         ModuleNotFoundError: something is not; it is named with the remedy.
     """
-    missing = [name for name in ("datasets", "evaluate", "sklearn", "PIL", "yaml") if find_spec(name) is None]
+    needed = ("datasets", "evaluate", "jinja2", "pandas", "PIL", "sklearn", "tabulate", "yaml")
+    missing = [name for name in needed if find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(f"this needs {', '.join(missing)}: pip install 'vpt_peft[train]'.")
 

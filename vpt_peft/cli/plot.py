@@ -13,7 +13,7 @@ def run(argv: Sequence[str]) -> int:
     need_training()
     parser = ArgumentParser(
         prog="vpt-peft plot",
-        description="Draw the finished runs in output folders of train, compare or sweep; seeds are taken together.",
+        description="Draw the finished runs in output folders of train, compare or sweep; seeds are averaged.",
         allow_abbrev=False,
     )
     parser.add_argument("folders", nargs="+", help="output folders")
@@ -21,12 +21,12 @@ def run(argv: Sequence[str]) -> int:
         "--kind",
         choices=("curves", "tradeoff"),
         default="curves",
-        help="loss and accuracy over epochs, or accuracy against trained values",
+        help="loss and metric over epochs, or the metric against trainable parameters",
     )
     parser.add_argument("--output_file", help="picture to write, .png, .pdf or .svg; default: <kind>.png")
     own = parser.parse_args(list(argv))
 
-    from ..training.plots import plot
+    from ..plots import plot
 
     print(plot(own.folders, own.output_file or f"{own.kind}.png", own.kind))
     return 0

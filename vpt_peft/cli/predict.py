@@ -11,35 +11,36 @@ from .options import add_adapter_options, need_training, prepare_output_file
 
 
 def run(argv: Sequence[str]) -> int:
-    """Print (or write) one row per image: the best labels with their probabilities."""
+    """Print (or write) one row per image: the likeliest predictions."""
     need_training()
     parser = ArgumentParser(prog="vpt-peft predict", description="Predict images to a table.", allow_abbrev=False)
     add_adapter_options(parser)
     parser.add_argument("images", nargs="+", help="image files, or folders that are searched for images")
-    parser.add_argument("--top_k", type=int, default=5, help="labels per image; 0 gives all of them")
-    parser.add_argument("--format", choices=("csv", "json"), help="default: as --output_file ends, else csv")
-    parser.add_argument("--output_file", help="write the table here and not to the terminal")
+    parser.add_argument("--top_k", type=int, default=5, help="predictions per image; 0: all")
+    parser.add_argument("--format", choices=("csv", "json"), help="default: by the ending of --output_file, else csv")
+    parser.add_argument("--output_file", help="write the table here instead of the terminal")
     own = parser.parse_args(list(argv))
 
-    from ..training.inference import (
-        as_table,
-        find_images,
-        label_names,
-        load_adapter_model,
-        local_folder,
-        move_to,
-        predict_images,
-        read_record,
-    )
-    from ..training.output import write_whole
+    from ..data.images import find_images
+    from ..files import write_whole
+    from ..tasks import get_task
+    from ..training.evaluation import as_table, predict_images
+    from ..training.inference import load_adapter_model, local_folder, move_to, read_record
 
     prepare_output_file(own.output_file)
     paths = find_images(own.images)
     folder = local_folder(own.adapter, own.revision, own.subfolder, own.token, own.cache_dir)
     model, processor = load_adapter_model(folder, own.base_model, token=own.token, cache_dir=own.cache_dir)
-    top_k = own.top_k or len(label_names(model))
-    augmentation = read_record(folder).get("augmentation", "none")
-    rows = predict_images(move_to(model, own.device), processor, paths, top_k, own.batch_size, augmentation)
+    record = read_record(folder)
+    rows = predict_images(
+        move_to(model, own.device),
+        processor,
+        paths,
+        own.top_k or None,
+        own.batch_size,
+        record.get("augmentation", "none"),
+        get_task(record.get("task", get_task().pipeline_tag)),
+    )
     kind = own.format or ("json" if str(own.output_file).endswith(".json") else "csv")
     table = as_table(rows, kind)
     if own.output_file is None:

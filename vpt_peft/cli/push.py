@@ -19,7 +19,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--token", help="Hub token; default: HF_TOKEN or the stored login")
     own = parser.parse_args(list(argv))
 
-    from ..training.hub import push_adapter
+    from ..hub import push_adapter
 
     print(push_adapter(own.folder, own.repo_id, own.token, own.private, own.revision))
     return 0

@@ -2,16 +2,15 @@
 
 import json
 import logging
-import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification, ViTModel
+from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
+from ..files import write_json, written_beside
 from .errors import ConversionError
 from .layouts import Geometry, Weight, is_jax, layout, read_geometry
 from .reading import read_checkpoint
@@ -39,9 +38,8 @@ def convert_checkpoint(
     """Convert an official ViT checkpoint into a Hugging Face ViT folder.
 
     Reads MoCo-v3, MAE, DINO and timm checkpoints (`.pth`, `.pth.tar`, `.safetensors`) and the `.npz` files of
-    google-research/vision_transformer; no code stored in them runs. Every tensor is checked by name and by shape.
-    The folder holds `config.json`, `model.safetensors` and `preprocessor_config.json`; it appears complete or not at
-    all. A linear head that reads the class token is kept as `classifier` (ViTForImageClassification, labels LABEL_0,
+    google-research/vision_transformer. No code stored in them runs, and every tensor is checked by name and shape.
+    The folder holds `config.json`, `model.safetensors` and `preprocessor_config.json`, all of them or none. A linear head that reads the class token is kept as `classifier` (ViTForImageClassification, labels LABEL_0,
     LABEL_1, ...); otherwise the folder holds a ViTModel without pooler. The layer norm's epsilon is 1e-6, as in all
     five code bases, and the activation the exact GELU (JAX's own is its tanh approximation; timm and the Hub's copies
     of those weights use the exact one too).
@@ -62,9 +60,9 @@ def convert_checkpoint(
 
     Raises:
         FileNotFoundError: `checkpoint` does not exist.
-        FileExistsError: `output_dir` is a file or is not empty (with `overwrite`: holds anything else than a
+        FileExistsError: `output_dir` is a file or is not empty (with `overwrite`: holds anything but a
             conversion).
-        ConversionError: the file cannot be read, is no plain ViT, or an argument does not fit it.
+        ConversionError: the file cannot be read, is not a plain ViT, or an argument does not fit it.
     """
     checkpoint, output_dir = Path(checkpoint), Path(output_dir)
     if normalization not in ("auto", *NORMALIZATIONS):
@@ -85,7 +83,9 @@ def convert_checkpoint(
     image_size = _image_size(geometry, image_size)
     model = _build(geometry, image_size, weights, table)
     preprocessor = _preprocessor(image_size, name, normalization, checkpoint)
-    _write(model, preprocessor, output_dir, overwrite)
+    with written_beside(output_dir) as folder:
+        model.save_pretrained(folder)
+        write_json(folder / "preprocessor_config.json", preprocessor)
     logger.info(
         "Wrote %s: %s, %d blocks of %d channels, %d heads, patches of %d px, images of %d px.",
         output_dir,
@@ -136,7 +136,7 @@ def _check_weights(weights: Mapping[str, Tensor], table: list[Weight], checkpoin
         report = "; ".join(f"{kind}: {_listed(names)}" for kind, names in faults.items() if names)
         raise ConversionError(
             f"checkpoint={str(checkpoint)!r} does not fit a plain ViT. {report}. Check that the download is complete "
-            "and that `source` is right; variants of ViT with other layers have no place in a Hugging Face ViT."
+            "and that `source` is right; a Hugging Face ViT cannot hold variants with other layers."
         )
 
 
@@ -183,7 +183,7 @@ def _build(
     model, info = model_class.from_pretrained(
         None, config=config, state_dict=state_dict, dtype=dtype, output_loading_info=True, **options
     )
-    # transformers maps the Hub's names to those of its own version; what it could not place must not pass silently.
+    # transformers maps the Hub's names to those of its own version; what it could not place must not be lost.
     if wrong := {kind: sorted(map(str, names)) for kind, names in info.items() if names}:
         raise ConversionError(f"This version of transformers did not take the Hub's ViT names: {wrong}.")
     return model
@@ -220,29 +220,3 @@ def _timm_statistics(path: Path) -> tuple[tuple[float, ...], tuple[float, ...]] 
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return (mean, std) if len(mean) == len(std) == 3 else None
-
-
-def _write(model: PreTrainedModel, preprocessor: dict[str, Any], output_dir: Path, overwrite: bool) -> None:
-    """Write beside the target, then rename, so that the folder is never seen half written."""
-    target = output_dir.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    token = uuid.uuid4().hex[:8]
-    partial, replaced = (target.with_name(f".{target.name}.{kind}-{token}") for kind in ("partial", "replaced"))
-    partial.mkdir()
-    try:
-        model.save_pretrained(partial)
-        (partial / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8")
-        # Checked again: somebody may have filled the folder in the meantime.
-        _check_output(target, overwrite)
-        if target.exists():
-            target.rename(replaced)
-        try:
-            partial.rename(target)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(target)
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if target.exists():
-            shutil.rmtree(replaced, ignore_errors=True)

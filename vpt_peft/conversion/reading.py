@@ -1,4 +1,4 @@
-"""Read checkpoint files without running any code that they may hold."""
+"""Read checkpoint files without running any code they may hold."""
 
 import argparse
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: `path` does not exist.
-        ConversionError: `path` is a folder, is damaged, holds pickled code, or holds no dict.
+        ConversionError: `path` is a folder, is damaged, holds pickled code, or does not hold a dict.
     """
     if not path.exists():
         raise FileNotFoundError(f"checkpoint={str(path)!r} does not exist.")
@@ -40,7 +40,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # A damaged or hostile file can fail anywhere inside the three readers, so no narrower list would be complete.
+        # A damaged or hostile file can fail anywhere in the three readers, so no narrower list would be complete.
         raise ConversionError(
             f"checkpoint={str(path)!r} cannot be read as weights: it is damaged, is not a {_kind(suffix)} file, or "
             "holds pickled objects, which are refused because they can run code (none has run). Download it again, "
@@ -54,7 +54,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
-    # A context manager on a plain .npy array (renamed to .npz) raises, which is what is wanted.
+    # Raises on purpose for a plain .npy array renamed to .npz.
     with np.load(path, allow_pickle=False) as archive:
         return {name: _to_tensor(archive[name]) for name in archive.files}
 

@@ -1,4 +1,4 @@
-"""Where checkpoints come from: how weights are wrapped, what of them is no backbone, how their input is normalised."""
+"""Where checkpoints come from: how weights are wrapped, what of them is not the backbone, how input is normalised."""
 
 import logging
 from collections.abc import Mapping
@@ -133,7 +133,7 @@ def backbone_weights(content: Mapping[str, Any], name: str) -> dict[str, Tensor]
         ignored = (*ignored, "pre_logits.", "pre_logits/", "head.", "head/")
     dropped += [key for key in bare if key.startswith(ignored)]
     if dropped:
-        logger.info("Left out %d tensors that are no part of the backbone: %s", len(dropped), _sample(dropped))
+        logger.info("Left out %d tensors that are not part of the backbone: %s", len(dropped), _sample(dropped))
     return {key: value for key, value in bare.items() if not key.startswith(ignored)}
 
 

@@ -1,4 +1,4 @@
-"""From a prompted model, or the folder of an adapter, to a checked file."""
+"""From a prompted model to a checked file."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoImageProcessor, PreTrainedModel
 
+from ..files import written_beside
 from ..tuners.vpt.parameters import find_parameters
-from .files import compare, write_onnx, write_torch, written_beside
+from .files import compare, write_onnx, write_torch
 from .metadata import make_metadata
 from .prepare import float_copy, merge_prompts, random_images, sample, trace
 
@@ -28,59 +29,54 @@ LEAST_OPSET = 18
 
 
 def export_model(
-    model_or_folder: PeftModel | PreTrainedModel | str | Path,
+    model: PeftModel | PreTrainedModel,
     output: str | Path,
     format: Literal["onnx", "torch"] = "onnx",
     image_size: int | tuple[int, int] | None = None,
     opset: int | None = None,
     check: bool = True,
     image_processor: Any = None,
-    **source: Any,
+    augmentation: str = "none",
 ) -> Path:
     """Export a prompted model with its head, in float32 on the CPU, for batches of any size.
 
     Deep prompts become constant keys and values, merged on a copy: the model itself is not changed. The file takes
     images `(batch, channels, height, width)` and gives the model's outputs by name (a classifier: "logits",
-    `(batch, labels)`). Labels, preprocessing, prompt configuration, base model and versions stand in its metadata as
+    `(batch, labels)`). Its metadata holds labels, preprocessing, prompt configuration, base model and versions as
     JSON: ONNX `metadata_props`, or the extra file "metadata.json" of `torch.export.load`. Weights of more than 2 GB
-    go into a second file beside, as ONNX asks.
+    go into a second file beside it, as ONNX asks.
 
     Args:
-        model_or_folder: A model with one active prompt adapter, or the folder or Hub id of an adapter.
-        output: The file to write (its ending may be left out), or a folder for `model.onnx` or `model.pt2`.
-        format: "onnx", or "torch" for `torch.export`.
-        image_size: Pixels a side, or (height, width); by default the image processor's, else the model's.
-        opset: ONNX opset; by default the exporter's.
-        check: Compare the written file with PyTorch at batches of 1, 3 and 8 (within 1e-4, absolute plus relative).
-        image_processor: Goes into the metadata; by default the folder's, or the base model's if it is on this machine.
-        source: For a folder or Hub id: `base_model`, `revision`, `subfolder`, `token`, `cache_dir`.
+        model (`PeftModel` or `PreTrainedModel`): has one active prompt adapter.
+        output (`str | Path`): the file to write (its ending may be left out), or a folder for `model.onnx` or
+            `model.pt2`.
+        format (`str`): "onnx", or "torch" for `torch.export`.
+        image_size (`int` or `tuple[int, int]`, *optional*): pixels a side, or (height, width); by default the image
+            processor's, else the model's.
+        opset (`int`, *optional*): ONNX opset; by default the exporter's.
+        check (`bool`): compare the written file with PyTorch at batches of 1, 3 and 8 (within 1e-4, absolute plus
+            relative).
+        image_processor (`Any`, *optional*): goes into the metadata; by default the base model's if it is on this
+            machine.
+        augmentation (`str`): that of the training, whose evaluation form goes into the metadata.
 
     Returns:
         The written file.
 
     Raises:
-        ModuleNotFoundError: A package of the extra [export] is missing.
-        OSError: The folder or file cannot be read or written.
-        RuntimeError: The exported file's outputs differ from PyTorch's; nothing is written then.
-        TypeError: An argument has the wrong type.
-        ValueError: Unknown format, wrong ending or opset, none or several active prompt adapters, quantised weights, or
+        ModuleNotFoundError: a package of the extra [export] is missing.
+        OSError: the file cannot be written.
+        RuntimeError: the outputs of the exported file differ from PyTorch's; nothing is written then.
+        TypeError: an argument has the wrong type.
+        ValueError: unknown format, wrong ending or opset, none or several active prompt adapters, quantised weights, or
             a model that takes more than images.
     """
-    path = _output_path(output, format)
-    _check_opset(opset, format)
-    size = _pair(image_size)
-    _require_packages(format, check)
-    augmentation = "none"
-    if isinstance(model_or_folder, (str, Path)):
-        model_or_folder, found, augmentation = _load(model_or_folder, source)
-        image_processor = image_processor or found
-    elif source:
-        raise TypeError(f"{', '.join(sorted(source))}: only for a folder or Hub id, and a model was given.")
-    model = _base_model(model_or_folder)
-    adapter = _active_adapter(model)
+    path, size = check_target(output, format, image_size, opset, check)
+    base = _base_model(model)
+    adapter = _active_adapter(base)
     if image_processor is None:
-        image_processor = _local_processor(model)
-    copied = float_copy(model)
+        image_processor = _local_processor(base)
+    copied = float_copy(base)
     wrapper, images = sample(copied, size, image_processor)
     batches = [random_images(images, rows, seed) for seed, rows in enumerate(CHECKED_BATCHES if check else (1,))]
     with torch.no_grad():
@@ -89,7 +85,8 @@ def export_model(
         program = trace(wrapper, images)
     names = list(expected[0])
     metadata = make_metadata(copied, adapter, image_processor, augmentation, images, "logits" in names)
-    with written_beside(path) as scratch:
+    with written_beside(path.parent) as folder:
+        scratch = folder / path.name
         if format == "onnx":
             write_onnx(program, scratch, wrapper.argument, names, metadata, opset)
         else:
@@ -97,6 +94,21 @@ def export_model(
         if check:
             compare(scratch, format, batches, expected)
     return path
+
+
+def check_target(
+    output: str | Path, format: str, image_size: Any = None, opset: int | None = None, check: bool = True
+) -> tuple[Path, tuple[int, int] | None]:
+    """Check all arguments of [`export_model`] but the model; return the file's path and (height, width).
+
+    Raises:
+        As [`export_model`].
+    """
+    path = _output_path(output, format)
+    _check_opset(opset, format)
+    size = _pair(image_size)
+    _require_packages(format, check)
+    return path, size
 
 
 def _output_path(output: str | Path, format: str) -> Path:
@@ -151,27 +163,13 @@ def _require_packages(format: str, check: bool) -> None:
         raise ModuleNotFoundError(f"format={format!r} needs {', '.join(missing)}: pip install vpt_peft[export]")
 
 
-def _load(folder: str | Path, source: dict[str, Any]) -> tuple[PeftModel | PreTrainedModel, Any, str]:
-    """Model, image processor and augmentation of an adapter folder or Hub id."""
-    try:
-        from ..training.inference import load_adapter_model, local_folder, read_record
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"reading an adapter folder needs {error.name}: pip install vpt_peft[train,export], or pass a loaded model."
-        ) from error
-    base_model = source.pop("base_model", None)
-    local = local_folder(folder, **source)
-    access = {name: value for name, value in source.items() if name in ("token", "cache_dir")}
-    model, processor = load_adapter_model(local, base_model, **access)
-    return model, processor, read_record(local).get("augmentation", "none")
-
-
 def _base_model(model: Any) -> PreTrainedModel:
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
-            f"model_or_folder is a {type(model).__name__}; pass a PEFT model of a transformers model, or an adapter folder."
+            f"model is a {type(model).__name__}; pass a PEFT model of a transformers model. `vpt-peft export` takes the "
+            "folder of an adapter."
         )
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
@@ -183,9 +181,9 @@ def _base_model(model: Any) -> PreTrainedModel:
 
 def _active_adapter(model: nn.Module) -> str:
     """The one prompt adapter that is active."""
-    store = find_parameters(model)
-    known = [] if store is None else list(store.configs)
-    active = [] if store is None else [name for name in store.active_names() if name in store.configs]
+    parameters = find_parameters(model)
+    known = [] if parameters is None else list(parameters.configs)
+    active = [] if parameters is None else [name for name in parameters.active_names() if name in parameters.configs]
     if len(active) > 1:
         raise ValueError(
             f"active adapters {active}: a file holds one; choose it with model.set_adapter({active[0]!r}) and export each."

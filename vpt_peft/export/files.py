@@ -1,14 +1,11 @@
-"""The files: written whole or not at all, and run again for comparison."""
+"""Write the files, and run them again for comparison."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,28 +19,6 @@ METADATA_FILE = "metadata.json"
 TOLERANCE = 1e-4
 
 Tensors = dict[str, torch.Tensor]
-
-
-@contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
-    """Yield a path in a scratch folder beside `path`; its files take their places when the block ends well.
-
-    Otherwise nothing stays, folders made for it included.
-    """
-    made = [folder for folder in path.absolute().parents if not folder.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".export-", dir=path.parent))
-    try:
-        yield scratch / path.name
-        # A file of weights first: a model in place promises weights that fit it
-        for written in sorted(scratch.iterdir(), key=lambda written: written.name == path.name):
-            os.replace(written, path.parent / written.name)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        # Empty ones only, so that they stay if the file is in place or somebody else has used them
-        with suppress(OSError):
-            for folder in made:
-                folder.rmdir()
 
 
 def write_onnx(

@@ -1,4 +1,4 @@
-"""What a training run is told: model, data, method and transformers' own training arguments, from flags or a file."""
+"""The arguments of a training run: model, data, method and transformers' own, from flags or a file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 import yaml
@@ -16,23 +16,20 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from .data import DataArguments
-from .recipes import PROMPT_METHODS, recipe_defaults, scaled_learning_rate
+from ..data.arguments import DataArguments
+from ..methods import METHODS, PROMPT_METHODS
+from ..tasks import get_task, task_names
+from ..tasks.base import DEFAULT_TASK
+from .recipes import recipe_defaults, scaled_learning_rate
 
 
-MethodName = Literal[
-    "vpt", "vpt_shallow", "gated_vpt", "linear", "full", "partial", "mlp", "bias", "adapter", "sidetune", "lora"
-]
-METHODS: tuple[str, ...] = get_args(MethodName)
-# What an evaluation measures, and the best weights can be chosen by
-METRICS = ("accuracy", "macro_f1", "loss")
-# Neither secrets nor where this run writes belong into the record of a run.
+# Neither secrets nor where this run writes belong in the record of a run
 _NOT_RECORDED = ("token", "hub_token", "output_dir", "resume_from_checkpoint", "overwrite_output_dir")
 
 
 @dataclass
 class ModelArguments:
-    """The frozen backbone."""
+    """The backbone, and what it learns."""
 
     model_name_or_path: str = field(
         default="embedded",
@@ -41,32 +38,36 @@ class ModelArguments:
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the Hub model."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where Hub downloads are kept."})
     token: str | None = field(default=None, metadata={"help": "Hub token for private models and data."})
+    task: str = field(default=DEFAULT_TASK, metadata={"help": "What the model learns.", "choices": list(task_names())})
 
 
 @dataclass
 class MethodArguments:
     """How the backbone is adapted, and what differs from plain transformers training."""
 
-    method: MethodName = field(default="vpt", metadata={"help": "Prompts (vpt, vpt_shallow, gated_vpt) or else."})
+    method: str = field(
+        default="vpt",
+        metadata={"help": "Prompts (vpt, vpt_shallow, gated_vpt) or a baseline.", "choices": list(METHODS)},
+    )
     recipe: Literal["default", "vpt_paper", "gpt_paper"] = field(
-        default="default", metadata={"help": "Preset of optimizer, schedule and rates; it fills what is not given."}
+        default="default", metadata={"help": "Preset of optimizer, schedule and rates; flags override it."}
     )
 
     num_virtual_tokens: int = field(default=10, metadata={"help": "Prompts per prompted block."})
     prompt_dropout: float | None = field(default=None, metadata={"help": "Dropout on prompts, drawn per image."})
     projection_dim: int | None = field(default=None, metadata={"help": "Width the prompts live in before projection."})
     pooling: Literal["class", "image", "prompt", "image_prompt"] | None = field(
-        default=None, metadata={"help": "What the head reads; not given: the model's own way."}
+        default=None, metadata={"help": "What the head reads; default: what it reads without prompts."}
     )
     pool_before_norm: bool | None = field(default=None, metadata={"help": "Mean before the final norm (MAE)."})
     layers_to_transform: list[int] | None = field(
         default=None, metadata={"help": "Blocks with prompts of their own, 0-based."}
     )
     prompt_location: Literal["prepend", "add", "add_shared", "prepend_pixel", "pad", "channel"] | None = field(
-        default=None, metadata={"help": "Where the prompts go; not given: prepend."}
+        default=None, metadata={"help": "Where the prompts go; default: prepend."}
     )
     token_type: Literal["patch", "class"] | None = field(
-        default=None, metadata={"help": "Prompts as extra patches or as extra class tokens; not given: patch."}
+        default=None, metadata={"help": "Prompts as extra patches or as extra class tokens; default: patch."}
     )
     share_prompts: bool | None = field(default=None, metadata={"help": "One set of prompts serves all blocks."})
     gate: Literal["scalar", "elementwise", "none"] | None = field(
@@ -80,9 +81,7 @@ class MethodArguments:
         Literal["random", "tokens", "class_token_final", "class_token_layerwise", "mean_pool", "kmeans"] | None
     ) = field(
         default=None,
-        metadata={
-            "help": "Start of the prompts: random, or features of training images; not given: as the recipe says."
-        },
+        metadata={"help": "Initial prompts: random, or features of training images; default: as the recipe says."},
     )
 
     partial_blocks: int = field(default=1, metadata={"help": "partial: last blocks that train."})
@@ -94,21 +93,27 @@ class MethodArguments:
         default=None, metadata={"help": "Learning rate for 256 images a step, scaled to the actual number (VPT)."}
     )
     prompt_learning_rate: float | None = field(
-        default=None, metadata={"help": "Rate of prompts, gates and LoRA matrices; not given: learning_rate."}
+        default=None, metadata={"help": "Rate of prompts, gates and LoRA matrices; default: learning_rate."}
     )
-    head_learning_rate: float | None = field(default=None, metadata={"help": "Rate of the head; as above."})
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Rate of the head; default: learning_rate."}
+    )
     prompt_weight_decay: float | None = field(
-        default=None, metadata={"help": "Decay of the prompts; not given: weight_decay."}
+        default=None, metadata={"help": "Weight decay of the prompts; default: weight_decay."}
     )
-    head_weight_decay: float | None = field(default=None, metadata={"help": "Decay of the head; as above."})
+    head_weight_decay: float | None = field(
+        default=None, metadata={"help": "Weight decay of the head; default: weight_decay."}
+    )
     early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without a better metric."}
+        default=None, metadata={"help": "Stop after this many evaluations without improvement."}
     )
     cache_features: bool = field(
-        default=False, metadata={"help": "Compute what lies below the first trained block once and reuse it."}
+        default=False, metadata={"help": "Compute the features below the first trained block once and reuse them."}
     )
     feature_cache_dir: str | None = field(default=None, metadata={"help": "Folder of cached features."})
-    feature_cache_limit_gb: float = field(default=10.0, metadata={"help": "Most gigabytes (10^9) in that folder."})
+    feature_cache_limit_gb: float = field(
+        default=10.0, metadata={"help": "Most gigabytes (10^9) that folder may hold."}
+    )
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -127,7 +132,7 @@ class MethodArguments:
         self._refuse_foreign_fields()
 
     def _refuse_foreign_fields(self) -> None:
-        """A field that the method does not read would be a silent mistake of the user."""
+        """Refuse fields that the method does not read; ignoring them would hide a mistake."""
         for name, methods in _ONLY_FOR.items():
             if getattr(self, name) is not None and self.method not in methods:
                 raise ValueError(f"{name}={getattr(self, name)!r} has no effect with method={self.method!r}; drop it.")
@@ -161,9 +166,11 @@ class VPTTrainingArguments(TrainingArguments):
     save_strategy: SaveStrategy | str = field(default="epoch", metadata={"help": "When to save a checkpoint."})
     logging_strategy: IntervalStrategy | str = field(default="epoch", metadata={"help": "When to log the loss."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; the best is among them."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "Save the best evaluation's weights."})
-    metric_for_best_model: str | None = field(default="accuracy", metadata={"help": "accuracy, macro_f1 or loss."})
-    label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "Keys of the labels."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Save the weights of the best evaluation."})
+    metric_for_best_model: str | None = field(
+        default=None, metadata={"help": "A metric of the task, or loss; default: the task's own choice."}
+    )
+    batch_eval_metrics: bool = field(default=True, metadata={"help": "Add up metrics batch by batch."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Images are transformed when read."})
     report_to: None | str | list[str] = field(
         default="none", metadata={"help": "tensorboard, trackio, wandb, ... or none."}
@@ -192,17 +199,12 @@ class VPTTrainingArguments(TrainingArguments):
             )
 
     def _check_values(self) -> None:
-        """What transformers would find out after minutes of work, or never."""
+        """Refuse what transformers would find out after minutes of work, or never."""
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.max_steps <= 0 and not 0 < self.num_train_epochs < math.inf:
             raise ValueError(f"num_train_epochs={self.num_train_epochs} must be above 0; or give max_steps.")
-        if str(self.metric_for_best_model).removeprefix("eval_") not in METRICS:
-            raise ValueError(
-                f"metric_for_best_model={self.metric_for_best_model!r} is not measured; choose one of "
-                f"{', '.join(METRICS)}."
-            )
         modes = list(torch._inductor.list_mode_options())
         if self.torch_compile_mode is not None and self.torch_compile_mode not in modes:
             raise ValueError(f"torch_compile_mode={self.torch_compile_mode!r} must be one of {', '.join(modes)}.")
@@ -220,7 +222,7 @@ class Arguments(NamedTuple):
     given: dict[str, Any]
 
     def record(self) -> dict[str, Any]:
-        """What `parse_args` needs to repeat the run, without tokens and output folder."""
+        """Return what `parse_args` needs to repeat the run, without tokens and output folder."""
         return {name: value for name, value in self.given.items() if name not in _NOT_RECORDED}
 
 
@@ -243,7 +245,7 @@ class FlagParser(HfArgumentParser):
 def parse_args(argv: Sequence[str] | Mapping[str, Any]) -> Arguments:
     """Parse flags, or a .json/.yaml file followed by flags that override it, or a mapping of the same names.
 
-    The recipe fills what is not given; see `recipe_defaults`.
+    The recipe and the task fill in what is not given.
 
     Raises:
         ValueError: an unknown flag, a value of the wrong type or outside its range, an unreadable file.
@@ -257,21 +259,41 @@ def parse_args(argv: Sequence[str] | Mapping[str, Any]) -> Arguments:
     given = vars(parser.without_defaults().parse_args(tokens))
     given |= recipe_defaults(given)
     try:
-        model, data, method, training = parser.parse_dict(given)
+        model, data, method, training = parser.parse_dict(given | _task_defaults(given))
     except TypeError as error:
         raise ValueError(f"{error} (see vpt-peft train --help)") from error
     if method.base_learning_rate is not None and "learning_rate" not in given:
-        training.learning_rate = scaled_learning_rate(method.base_learning_rate, training)
+        images = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+        training.learning_rate = scaled_learning_rate(method.base_learning_rate, images)
     return Arguments(model, data, method, training, given)
 
 
+def _task_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the task says about targets and metrics.
+
+    Raises:
+        ValueError: `metric_for_best_model` is not a metric of the task.
+    """
+    task = get_task(given.get("task", DEFAULT_TASK))
+    directions = {metric.name: metric.higher_is_better for metric in task.metrics} | {"loss": False}
+    wanted = given.get("metric_for_best_model", task.best_metric)
+    name = str(wanted).removeprefix("eval_")
+    if name not in directions:
+        raise ValueError(f"metric_for_best_model={wanted!r} is not measured; choose one of {', '.join(directions)}.")
+    return {
+        "metric_for_best_model": name,
+        "greater_is_better": directions[name],
+        "label_names": given.get("label_names", list(task.label_names)),
+    }
+
+
 def train_parser(prog: str) -> FlagParser:
-    """The parser of all that a training run can be told."""
+    """Return the parser of every flag of a training run."""
     return FlagParser((ModelArguments, DataArguments, MethodArguments, VPTTrainingArguments), prog=prog)
 
 
 def as_tokens(argv: Sequence[str] | Mapping[str, Any]) -> list[str]:
-    """The flags of a command line, of a .json/.yaml file that stands first in it, or of a mapping."""
+    """Return the flags of a command line, of a .json/.yaml file that comes first in it, or of a mapping."""
     if isinstance(argv, Mapping):
         return _as_flags(argv)
     if argv and Path(argv[0]).suffix in (".json", ".yaml", ".yml"):
@@ -297,8 +319,7 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def _as_flags(values: Mapping[str, Any]) -> list[str]:
-    """Values as flags, so that files and mappings get the types and checks of the command line (YAML reads 1e-3 as a
-    string)."""
+    """Return values as flags, so that files get the types and checks of the command line: YAML reads 1e-3 as a string."""
     tokens: list[str] = []
     for name, value in values.items():
         if value is None:

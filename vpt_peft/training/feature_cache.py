@@ -1,4 +1,4 @@
-"""The stored inputs of a cut: a memory-mapped array on disk per split, named after all that it depends on."""
+"""Features cached on disk: a memory-mapped array per data split, named after everything it depends on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +18,38 @@ import transformers
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from .data import dataset_fingerprint
-from .features import FEATURES, Cut
-from .recipes import split_trainable
-from .structure import Classifier, base_model, find_head
+from ..data.splits import dataset_fingerprint
+from ..methods.structure import Classifier, base_model, find_head
+from ..tasks import Task
+from .features import FEATURES, SplitPoint
+from .optim import split_trainable
 
 
 class CachedFeatures(Dataset):
-    """Rows of a stored array with their labels: {"cached_features": (..., hidden), "labels": ()}."""
+    """Cached features with their targets: {"cached_features": (..., hidden)} and the targets of the task.
 
-    def __init__(self, path: Path, labels: Sequence[int]) -> None:
+    Args:
+        path: the array.
+        targets: one mapping per image.
+    """
+
+    def __init__(self, path: Path, targets: Sequence[Mapping[str, Any]]) -> None:
         self.features = np.load(path, mmap_mode="r")
-        self.labels = list(labels)
+        self.targets = list(targets)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.targets)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {FEATURES: torch.from_numpy(self.features[index].copy()), "labels": torch.tensor(self.labels[index])}
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {FEATURES: torch.from_numpy(self.features[index].copy()), **self.targets[index]}
 
 
 class FeatureCache:
-    """Stores the inputs of a cut for data splits, under a name made from all that they depend on.
+    """Stores the features at a split point, under a name made from everything they depend on.
 
     Args:
         model (`Classifier`): the model that trains, in the state it starts with.
-        cut (`Cut`): where its frozen part ends.
+        split_point (`SplitPoint`): where its frozen part ends.
         preprocessing (`Mapping`): what was done to the images, JSON-able.
         folder (`Path`): where the arrays go.
         limit_bytes (`int`): most bytes that folder may hold.
@@ -53,29 +59,29 @@ class FeatureCache:
     def __init__(
         self,
         model: Classifier,
-        cut: Cut,
+        split_point: SplitPoint,
         preprocessing: Mapping[str, Any],
         folder: Path,
         limit_bytes: int,
         autocast: torch.dtype | None = None,
     ) -> None:
-        self.model, self.cut, self.folder = model, cut, folder
+        self.model, self.split_point, self.folder = model, split_point, folder
         self.limit_bytes, self.autocast = limit_bytes, autocast
         self._key = {
             "model": _frozen_hash(model),
-            "cut": cut.name,
+            "split_point": split_point.name,
             "preprocessing": preprocessing,
             "dtype": str(autocast or torch.float32),
             "versions": [torch.__version__, transformers.__version__],
         }
 
-    def store(self, split: datasets.Dataset, transformed: datasets.Dataset, collate: Callable) -> CachedFeatures:
+    def store(self, split: datasets.Dataset, transformed: datasets.Dataset, task: Task) -> CachedFeatures:
         """Return the split's features, computed now unless an earlier run of the same key did.
 
         Args:
-            split: the images and labels as loaded; gives the fingerprint and the labels.
-            transformed: the same rows as model input.
-            collate: makes a batch of rows of `transformed`.
+            split: images and targets as read; gives the fingerprint and the targets.
+            transformed: the same images as model input.
+            task: makes batches of `transformed`.
 
         Raises:
             OSError: the arrays would exceed the limit or the free space; sizes and folder are named.
@@ -85,18 +91,18 @@ class FeatureCache:
         entry = self.folder / hashlib.sha256(text.encode()).hexdigest()[:32]
         path = entry / "features.npy"
         if not path.is_file():
-            self._compute(transformed, collate, entry, text)
+            self._compute(transformed, task, entry, text)
         elif (entry / "key.json").read_text(encoding="utf-8") != text:
             raise OSError(f"cached features in {entry} belong to another run; delete that folder.")
-        return CachedFeatures(path, split["label"])
+        return CachedFeatures(path, task.targets(split))
 
-    def _compute(self, rows: datasets.Dataset, collate: Callable, entry: Path, key: str) -> None:
+    def _compute(self, rows: datasets.Dataset, task: Task, entry: Path, key: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         device = next(self.model.parameters()).device
         scratch = Path(tempfile.mkdtemp(prefix=".computing-", dir=self.folder))
         try:
             array, start = None, 0
-            for batch in DataLoader(rows, batch_size=32, collate_fn=collate):
+            for batch in DataLoader(rows, batch_size=32, collate_fn=task.collate):
                 features = self._features(batch["pixel_values"].to(device)).float().cpu().numpy()
                 if array is None:
                     shape = (len(rows), *features.shape[1:])
@@ -119,7 +125,7 @@ class FeatureCache:
             caught.append(args[0] if args else next(iter(kwargs.values())))
 
         # First among the hooks, so that prompts of the same block are not yet there
-        handle = self.cut.module.register_forward_pre_hook(catch, with_kwargs=True, prepend=True)
+        handle = self.split_point.module.register_forward_pre_hook(catch, with_kwargs=True, prepend=True)
         self.model.eval()
         try:
             with torch.no_grad(), torch.autocast(pixel_values.device.type, self.autocast, self.autocast is not None):
@@ -127,7 +133,9 @@ class FeatureCache:
         finally:
             handle.remove()
         if len(caught) != 1:
-            raise ValueError(f"cache_features: {self.cut.name} ran {len(caught)} times; leave cache_features out.")
+            raise ValueError(
+                f"cache_features: {self.split_point.name} ran {len(caught)} times; leave cache_features out."
+            )
         return caught[0]
 
     def _check_space(self, needed: int) -> None:
@@ -143,11 +151,6 @@ class FeatureCache:
             raise OSError(
                 f"cached features need {needed / 1e9:.3g} GB, but {self.folder} has {free / 1e9:.3g} GB free."
             )
-
-
-def collate_features(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Stack rows of `CachedFeatures` to {"cached_features": (batch, ..., hidden), "labels": (batch,)}."""
-    return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
 
 
 def default_cache_dir() -> Path:

@@ -1,8 +1,8 @@
-"""Start a forward pass from stored features of frozen blocks in place of the images.
+"""Start a forward pass from cached features of frozen blocks in place of the images.
 
 Where everything below some module is frozen and sees each image in one way only, that module's input is the same in
-every epoch. Once it is stored (`feature_cache`), the blocks below are skipped and the stored rows put in; results
-equal those without to rounding.
+every epoch. Once it is cached (`feature_cache`), the blocks below are skipped and the cached features put in; results
+are equal up to rounding.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from torch import nn
 from torch.func import functional_call
 
 from ..encoder.trace import perturbed
+from ..methods import PROMPT_METHODS
+from ..methods.structure import Classifier, base_model, find_blocks, find_head
 from .arguments import MethodArguments
-from .recipes import PROMPT_METHODS, split_trainable
-from .structure import Classifier, base_model, find_blocks, find_head
+from .optim import split_trainable
 
 
 FEATURES = "cached_features"
@@ -28,12 +29,12 @@ _INPUT_PROMPTS = ("prepend_pixel", "pad", "channel")
 
 
 @dataclass(frozen=True)
-class Cut:
-    """Where the frozen part ends.
+class SplitPoint:
+    """Where the frozen part of a model ends.
 
     Args:
         name (`str`): "block 6" or "head".
-        module (`nn.Module`): the first module that trains; its first input is what is stored.
+        module (`nn.Module`): the first module that trains; its first input is cached.
         skipped (`tuple[nn.Module, ...]`): the blocks that need not run when it is known.
     """
 
@@ -42,7 +43,7 @@ class Cut:
     skipped: tuple[nn.Module, ...]
 
 
-def find_cut(model: Classifier, method: MethodArguments, augmentation: str) -> Cut:
+def find_split_point(model: Classifier, method: MethodArguments, augmentation: str) -> SplitPoint:
     """Return where the frozen part of a model of `build_model` ends.
 
     Raises:
@@ -56,7 +57,7 @@ def find_cut(model: Classifier, method: MethodArguments, augmentation: str) -> C
         head = list(find_head(base).values())
         if len(head) != 1:
             raise ValueError(f"cache_features: {type(base).__name__} has {len(head)} heads; leave cache_features out.")
-        return Cut("head", head[0], tuple(find_blocks(base)))
+        return SplitPoint("head", head[0], tuple(find_blocks(base)))
     if name == "partial":
         blocks = find_blocks(base)
         first = len(blocks) - method.partial_blocks
@@ -76,40 +77,40 @@ def find_cut(model: Classifier, method: MethodArguments, augmentation: str) -> C
             f"cache_features: method={name!r} trains from the first block on, so there is nothing to keep; "
             "give later blocks by --layers_to_transform, or leave cache_features out."
         )
-    return Cut(f"block {first}", blocks[first], tuple(blocks[:first]))
+    return SplitPoint(f"block {first}", blocks[first], tuple(blocks[:first]))
 
 
-class FeatureFeed:
-    """While entered, `model(cached_features=...)` starts at the cut; `model(pixel_values=...)` is unchanged.
+class CachedForward:
+    """While entered, `model(cached_features=...)` starts at the split point; `model(pixel_values=...)` is unchanged.
 
     Args:
         model (`Classifier`): the outermost model, a `PeftModel` where there is one.
-        cut (`Cut`): where its frozen part ends.
+        split_point (`SplitPoint`): where its frozen part ends.
         image_shape (`tuple[int, int, int]`): of the images the features came from.
     """
 
-    def __init__(self, model: Classifier, cut: Cut, image_shape: Sequence[int]) -> None:
-        self.model, self.cut, self.image_shape = model, cut, tuple(image_shape)
-        # What runs before the cut on a blank image is thrown away: one image is enough, unless shapes are at odds
+    def __init__(self, model: Classifier, split_point: SplitPoint, image_shape: Sequence[int]) -> None:
+        self.model, self.split_point, self.image_shape = model, split_point, tuple(image_shape)
+        # What runs before the split point on a blank image is thrown away: one image is enough, unless shapes are at odds
         self._one_blank = True
         self._features: torch.Tensor | None = None
         self._output_lengths: dict[int, int] = {}
         self._handles: list[Any] = []
 
-    def __enter__(self) -> FeatureFeed:
+    def __enter__(self) -> CachedForward:
         self._handles = [
             self.model.register_forward_pre_hook(self._take_features, with_kwargs=True, prepend=True),
             self.model.register_forward_hook(self._forget_features, always_call=True),
-            self.cut.module.register_forward_pre_hook(self._put_features, with_kwargs=True, prepend=True),
+            self.split_point.module.register_forward_pre_hook(self._put_features, with_kwargs=True, prepend=True),
         ]
-        for index, block in enumerate(self.cut.skipped):
+        for index, block in enumerate(self.split_point.skipped):
             block.forward = functools.partial(self._skip, index, block.forward)  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
-        for block in self.cut.skipped:
+        for block in self.split_point.skipped:
             del block.forward
 
     @torch.no_grad()

@@ -1,38 +1,39 @@
-"""Read a trained folder or Hub id back, evaluate it on a split, and predict images to a table."""
+"""Load what a training run saved, of any method, from a folder or the Hub."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
-from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, EvalPrediction
+from transformers import AutoConfig, AutoImageProcessor
 
+from ..embedded import EMBEDDED_FOLDERS
+from ..files import RUN_RECORD
+from ..methods.structure import Classifier
+from ..tasks import get_task
 from .arguments import ModelArguments
-from .data import DataArguments, DataError, load_image_dataset
-from .hub import PUSHED
-from .methods import build_baseline, load_backbone, load_image_processor, resolve_model_path
-from .metrics import compute_metrics
-from .output import RUN_RECORD
-from .saving import load_trained, read_baseline_spec
-from .structure import Classifier, base_model
-from .transforms import ImageError, build_transform, collate_fn, to_rgb
+from .checkpoints import labels_of_adapter, load_trained, read_baseline_spec
+from .model import build_baseline, load_backbone, load_image_processor, resolve_model_path
 
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+# What a run leaves for others; checkpoints, pickles, logs and the Trainer's state are not among it
+SHARED_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*config.json",
+    "vpt_peft_*.json",
+    "*_results.json",
+    "*.png",
+    "README.md",
+)
 
 
 def local_folder(
@@ -42,7 +43,7 @@ def local_folder(
     token: str | None = None,
     cache_dir: str | None = None,
 ) -> Path:
-    """The folder itself, or the Hub id's files fetched into the cache; without a network the cached ones are used.
+    """Return the folder itself, or the cached files of a Hub id; without a network those that are in the cache.
 
     Raises:
         OSError: no such folder or Hub id, or neither network nor cached files.
@@ -50,13 +51,13 @@ def local_folder(
     """
     folder = Path(path_or_id)
     if not folder.is_dir():
-        patterns = [f"{subfolder}/{pattern}" for pattern in PUSHED] if subfolder else list(PUSHED)
+        patterns = [f"{subfolder}/{pattern}" for pattern in SHARED_FILES] if subfolder else list(SHARED_FILES)
         try:
             fetched = snapshot_download(
                 str(path_or_id), revision=revision, token=token, cache_dir=cache_dir, allow_patterns=patterns
             )
         except OSError as error:
-            raise OSError(f"{str(path_or_id)!r} is no folder, and cannot be fetched from the Hub: {error}") from error
+            raise OSError(f"{str(path_or_id)!r} is not a folder, and the Hub did not give it: {error}") from error
         folder = Path(fetched)
     return folder / subfolder if subfolder else folder
 
@@ -69,11 +70,11 @@ def load_adapter_model(
     token: str | None = None,
     cache_dir: str | None = None,
 ) -> tuple[Classifier, Any]:
-    """Load whatever `train` saved, of any method, with its backbone, label names and image processor, in eval mode.
+    """Load whatever `train` saved, with its backbone, label names and image processor, in eval mode.
 
     Args:
         path_or_id: folder or Hub id of the adapter.
-        base_model: backbone to use in place of the one it was trained on, a folder or Hub id.
+        base_model: backbone to use instead of the one it was trained on, a folder or Hub id.
         revision: branch, tag or commit of the adapter's repository.
         subfolder: folder inside of it.
         token: Hub token.
@@ -88,18 +89,20 @@ def load_adapter_model(
     """
     folder = local_folder(path_or_id, revision, subfolder, token, cache_dir)
     check_files(folder)
-    source = {"token": token, "cache_dir": cache_dir}
+    source: dict[str, Any] = {"token": token, "cache_dir": cache_dir}
     spec = read_baseline_spec(folder)
     model: Classifier
     if spec is None:
         if not (folder / "adapter_config.json").is_file():
             raise ValueError(
-                f"{str(path_or_id)!r} holds no adapter_config.json; give the output folder of a training."
+                f"{str(path_or_id)!r} holds no adapter_config.json; give the output folder of a training run."
             )
         import vpt_peft  # noqa: F401 - registers the methods, which PeftConfig looks up by name
 
         config = PeftConfig.from_pretrained(str(folder))
-        backbone = ModelArguments(base_model or config.base_model_name_or_path, config.revision, **source)
+        backbone = ModelArguments(
+            base_model or backbone_name(config.base_model_name_or_path), config.revision, **source
+        )
         base = load_backbone(backbone, _labels(folder, backbone))
         try:
             model = PeftModel.from_pretrained(base, str(folder))
@@ -107,11 +110,12 @@ def load_adapter_model(
             raise ValueError(
                 f"the weights in {str(path_or_id)!r} do not fit the backbone {backbone.model_name_or_path!r} with "
                 f"{base.config.num_labels} labels: {str(error).splitlines()[-1].strip()} Check base_model, and that "
-                "the folder has its config.json with the labels."
+                "the labels are in adapter_config.json or config.json."
             ) from error
     elif spec.method == "full":
         backbone = ModelArguments(base_model or spec.base_model_name_or_path, spec.revision, **source)
-        model = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32)
+        task = get_task(read_record(folder).get("task", backbone.task))
+        model = task.auto_class.from_pretrained(folder, dtype=torch.float32)
     else:
         backbone = ModelArguments(base_model or spec.base_model_name_or_path, spec.revision, **source)
         model = build_baseline(load_backbone(backbone, _labels(folder, backbone)), spec)
@@ -121,8 +125,16 @@ def load_adapter_model(
     return model.eval(), processor
 
 
+def backbone_name(recorded: str) -> str:
+    """Return a backbone as it is found here: the package's own lie at another path on every machine."""
+    path = Path(recorded)
+    if path.parts[-3:-1] == ("vpt_peft", "embedded"):
+        return next((name for name, folder in EMBEDDED_FOLDERS.items() if folder == path.name), recorded)
+    return recorded
+
+
 def check_files(folder: Path) -> None:
-    """Read every JSON file and the head of every weights file, so that a damaged one is named.
+    """Read every JSON file and the header of every weights file, so that a damaged one is named.
 
     Raises:
         FileNotFoundError: there is an adapter_config.json, but no weights.
@@ -147,6 +159,25 @@ def _parse(path: Path) -> Any:
         raise ValueError(f"{path} is damaged ({error}); download it again, or repeat the training.") from error
 
 
+def _labels(folder: Path, backbone: ModelArguments) -> dict[int, str]:
+    """Return the labels of the adapter's configuration, else of the folder's config.json, else of the backbone."""
+    labels = labels_of_adapter(folder) if (folder / "adapter_config.json").is_file() else None
+    if labels is not None:
+        return labels
+    if (folder / "config.json").is_file():
+        return dict(AutoConfig.from_pretrained(folder).id2label)
+    logger.warning("%s has no labels; their names and number are taken from the backbone.", folder)
+    source = resolve_model_path(backbone.model_name_or_path)
+    config = AutoConfig.from_pretrained(source, token=backbone.token, cache_dir=backbone.cache_dir)
+    return dict(config.id2label)
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """Return the arguments a folder was trained with, or {} where they are not known."""
+    path = Path(folder) / RUN_RECORD
+    return _parse(path) if path.is_file() else {}
+
+
 def move_to(model: Classifier, device: str) -> Classifier:
     """Move the model to a device and return it.
 
@@ -159,170 +190,3 @@ def move_to(model: Classifier, device: str) -> Classifier:
         raise ValueError(
             f"device={device!r} cannot be used ({str(error).splitlines()[0]}); cpu always can."
         ) from error
-
-
-def _labels(folder: Path, backbone: ModelArguments) -> dict[int, str]:
-    """Label names of the adapter folder's config.json, else of the backbone's."""
-    if not (folder / "config.json").is_file():
-        logger.warning("%s has no config.json; label names and their number are taken from the backbone.", folder)
-        source = resolve_model_path(backbone.model_name_or_path)
-        config = AutoConfig.from_pretrained(source, token=backbone.token, cache_dir=backbone.cache_dir)
-    else:
-        config = AutoConfig.from_pretrained(folder)
-    return dict(config.id2label)
-
-
-def read_record(folder: str | Path) -> dict[str, Any]:
-    """The arguments a folder was trained with, or {} where they are not known."""
-    path = Path(folder) / RUN_RECORD
-    return _parse(path) if path.is_file() else {}
-
-
-def evaluate_model(
-    model: Classifier,
-    image_processor: Any,
-    data: DataArguments,
-    split: str = "test",
-    batch_size: int = 64,
-    token: str | None = None,
-) -> dict[str, float]:
-    """Accuracy, macro-F1 and loss of `model` on a split of a data set, as {"accuracy", "macro_f1", "loss", "samples"}.
-
-    Labels are matched by name, so their order in the data may differ from that in training.
-
-    Args:
-        model: an image classifier of transformers, or a `PeftModel` of one.
-        image_processor: prepares its images.
-        data: the data, as for training.
-        split: "train", "validation", "test", or any split of the data set by its own name.
-        batch_size: images per forward pass.
-        token: Hub token.
-
-    Raises:
-        DataError: no such split, or labels that the model does not know.
-    """
-    if split not in ("train", "validation", "test"):
-        data, split = replace(data, test_split=split), "test"
-    splits = load_image_dataset(data, token=token)
-    if split not in splits:
-        raise DataError(f"split={split!r} is not in {data.dataset_name!r}, which has {', '.join(splits)}.")
-    chosen = splits[split]
-    index = _label_index(model, chosen.features["label"])
-    rows = chosen.with_transform(build_transform(image_processor, data.augmentation))
-    device = next(model.parameters()).device
-    logits, labels = [], []
-    for batch in DataLoader(rows, batch_size=batch_size, collate_fn=collate_fn):
-        with torch.no_grad():
-            logits.append(model.eval()(pixel_values=batch["pixel_values"].to(device)).logits.float().cpu())
-        labels.append(index[batch["labels"]])
-    scores, truth = torch.cat(logits), torch.cat(labels)
-    metrics = compute_metrics(EvalPrediction(predictions=scores.numpy(), label_ids=truth.numpy()))
-    loss = torch.nn.functional.cross_entropy(scores, truth).item()
-    return {**metrics, "loss": loss, "samples": len(truth)}
-
-
-def label_names(model: Classifier) -> dict[int, str]:
-    """The names of the model's labels by their numbers."""
-    return {int(index): name for index, name in (base_model(model).config.id2label or {}).items()}
-
-
-def _label_index(model: Classifier, labels: datasets.ClassLabel) -> torch.Tensor:
-    """Where each label of the data is among the model's."""
-    known = {name: int(index) for index, name in label_names(model).items()}
-    unknown = [name for name in labels.names if name not in known]
-    if unknown:
-        raise DataError(
-            f"the model does not know the labels {', '.join(map(repr, unknown[:5]))}; it knows "
-            f"{', '.join(map(repr, list(known)[:5]))}{' ...' if len(known) > 5 else ''}. Evaluate on data of its classes."
-        )
-    return torch.tensor([known[name] for name in labels.names])
-
-
-def find_images(paths: Iterable[str | Path]) -> list[Path]:
-    """The image files among `paths` and, sorted, in all folders below them.
-
-    Raises:
-        FileNotFoundError: a path does not exist, or there is no image at all.
-    """
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise FileNotFoundError(f"{str(path)!r} does not exist; give image files or folders.")
-    if not found:
-        raise FileNotFoundError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in {', '.join(map(str, paths))}.")
-    return found
-
-
-def predict_images(
-    model: Classifier,
-    image_processor: Any,
-    paths: Sequence[str | Path],
-    top_k: int = 5,
-    batch_size: int = 32,
-    augmentation: str = "none",
-) -> list[dict[str, Any]]:
-    """Predict image files to rows {"image", "predictions": [{"label", "probability"}, ...], "error"}, best first.
-
-    A file that cannot be read gets a row without predictions and the reason as its error.
-
-    Args:
-        model: an image classifier with label names in its config.
-        image_processor: prepares its images.
-        paths: image files.
-        top_k: labels per image, at most all the model has.
-        batch_size: images per forward pass.
-        augmentation: as in training; its evaluation form decides between resizing and cropping.
-
-    Raises:
-        ValueError: top_k is below 1.
-    """
-    if top_k < 1:
-        raise ValueError(f"top_k={top_k} must be at least 1.")
-    transform, device = build_transform(image_processor, augmentation), next(model.parameters()).device
-    names = label_names(model)
-    rows: list[dict[str, Any]] = []
-    for start in range(0, len(paths), batch_size):
-        images, readable = [], []
-        for path in paths[start : start + batch_size]:
-            rows.append({"image": str(path), "predictions": [], "error": None})
-            try:
-                images.append(to_rgb(str(path)))
-                readable.append(rows[-1])
-            except ImageError as error:
-                logger.warning("%s", error)
-                rows[-1]["error"] = str(error)
-        if not images:
-            continue
-        with torch.no_grad():
-            logits = model.eval()(pixel_values=transform({"image": images})["pixel_values"].to(device)).logits
-        best = logits.float().softmax(-1).topk(min(top_k, logits.shape[-1]))
-        for row, values, indices in zip(readable, best.values.tolist(), best.indices.tolist(), strict=True):
-            row["predictions"] = [
-                {"label": names[i], "probability": value} for i, value in zip(indices, values, strict=True)
-            ]
-    return rows
-
-
-def as_table(rows: Sequence[dict[str, Any]], kind: str) -> str:
-    """Rows of `predict_images` as text, "json" or "csv" (columns image, label_1, probability_1, ..., error).
-
-    Raises:
-        ValueError: another kind.
-    """
-    if kind == "json":
-        return json.dumps(list(rows), indent=2) + "\n"
-    if kind != "csv":
-        raise ValueError(f"format={kind!r} is unknown; choose csv or json.")
-    width = max((len(row["predictions"]) for row in rows), default=0)
-    columns = [f"{name}_{rank}" for rank in range(1, width + 1) for name in ("label", "probability")]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", *columns, "error"])
-    for row in rows:
-        cells = [cell for p in row["predictions"] for cell in (p["label"], f"{p['probability']:.6f}")]
-        writer.writerow([row["image"], *cells, *[""] * (2 * width - len(cells)), row["error"] or ""])
-    return text.getvalue()

@@ -1,14 +1,11 @@
-"""The output folder: refused where it is not ours, resumed where a run broke off, and never left half-written."""
+"""The output folder: refused unless it is ours, resumed where a run broke off, and never left half-written."""
 
 from __future__ import annotations
 
 import errno
 import json
-import logging
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,13 +14,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from ..files import RUN_RECORD, write_json
 from .arguments import VPTTrainingArguments
 
 
-logger = logging.getLogger(__name__)
-
-# The arguments of the run; also the mark by which a folder is known as ours
-RUN_RECORD = "training_config.json"
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # Of safetensors, then of torch.save
 _WRITE_SIGNS = ("Error while serializing", "PytorchStreamWriter", "file write failed", "unexpected pos")
@@ -34,7 +28,11 @@ _RESULTS = ("adapter_model.safetensors", "vpt_peft_baseline.json", "all_results.
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run; one whose writing broke off lacks a readable trainer_state.json."""
+    """Return the newest complete checkpoint of a run.
+
+    transformers' `get_last_checkpoint` would return one whose writing broke off; that one lacks a readable
+    trainer_state.json, which is written last.
+    """
     complete = []
     for path in Path(folder).glob("checkpoint-*"):
         match = _CHECKPOINT.fullmatch(path.name)
@@ -50,9 +48,8 @@ def last_checkpoint(folder: str | Path) -> Path | None:
 def prepare_output_dir(training: VPTTrainingArguments) -> Path | None:
     """Check the output folder before anything is computed; return the checkpoint to resume from, or None.
 
-    Nothing is written or removed yet; that is for `claim_output_dir`.
-
-    `resume_from_checkpoint` may be a folder, or "true" / "last" for the newest complete checkpoint in output_dir.
+    Nothing is written or removed yet; `claim_output_dir` does that. `resume_from_checkpoint` may be a folder, or
+    "true" / "last" for the newest complete checkpoint in output_dir.
 
     Raises:
         FileExistsError: output_dir holds files that are not ours, or results while neither resuming nor overwriting.
@@ -70,13 +67,12 @@ def prepare_output_dir(training: VPTTrainingArguments) -> Path | None:
     if training.resume_from_checkpoint is not None:
         return _resume_point(folder, training.resume_from_checkpoint)
     taken = last_checkpoint(folder) or next((folder / name for name in _RESULTS if (folder / name).exists()), None)
-    if taken is not None:
-        if not training.overwrite_output_dir:
-            raise FileExistsError(
-                f"output_dir={str(folder)!r} holds the results of an earlier run ({taken.name}); add "
-                "--resume_from_checkpoint last to go on with it, --overwrite_output_dir to replace it, or give "
-                "another folder."
-            )
+    if taken is not None and not training.overwrite_output_dir:
+        raise FileExistsError(
+            f"output_dir={str(folder)!r} holds the results of an earlier run ({taken.name}); add "
+            "--resume_from_checkpoint last to continue it, --overwrite_output_dir to replace it, or give another "
+            "folder."
+        )
     return None
 
 
@@ -84,7 +80,7 @@ def prepare_output_dir(training: VPTTrainingArguments) -> Path | None:
 def claim_output_dir(training: VPTTrainingArguments, record: Mapping[str, Any]) -> Iterator[Path]:
     """Make the output folder this run's: no other can write to it in the block, and `record` is in it.
 
-    Without resuming, checkpoints of an earlier run go, as they would be taken for this run's.
+    Unless the run resumes, checkpoints of an earlier run go, as they would be taken for this run's.
 
     Raises:
         FileExistsError: another run is writing to the folder.
@@ -122,25 +118,10 @@ def _resume_point(folder: Path, wanted: str) -> Path:
         return checkpoint
     if not (Path(wanted) / "trainer_state.json").is_file():
         raise FileNotFoundError(
-            f"resume_from_checkpoint={wanted!r} is no complete checkpoint (no trainer_state.json); give a "
+            f"resume_from_checkpoint={wanted!r} is not a complete checkpoint (no trainer_state.json); give a "
             "checkpoint-* folder, or 'last' for the newest one in output_dir."
         )
     return Path(wanted)
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    write_whole(path, json.dumps(values, indent=2) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -158,26 +139,8 @@ def full_disk_explained(folder: str | Path) -> Iterator[None]:
             raise
         checkpoint = last_checkpoint(folder)
         onward = (
-            f"{checkpoint} is complete: go on with --resume_from_checkpoint last."
+            f"{checkpoint} is complete: continue with --resume_from_checkpoint last."
             if checkpoint
             else "No checkpoint is complete; start again with --overwrite_output_dir."
         )
         raise OSError(f"{folder} cannot be written to ({error}). Make room there. {onward}") from error
-
-
-@contextmanager
-def written_beside(folder: str | Path) -> Iterator[Path]:
-    """Yield a scratch folder whose files take their places in `folder` when the block ends well, and vanish otherwise.
-
-    So a full disk or a crash while saving leaves the files of before untouched. Each file is renamed into place.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
-    try:
-        yield scratch
-        # Weights first: a config in place promises weights that fit it
-        for path in sorted(scratch.iterdir(), key=lambda path: (path.suffix == ".json", path.name)):
-            os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Recipe presets: the papers' schedules and an AdamW default, and the optimizer's parameter groups.
+"""Recipe presets: the papers' schedules, and an AdamW default.
 
 Sources: Jia et al. 2022, arXiv 2203.12119 (vpt_paper); Yoo et al. 2023, arXiv 2306.05067 (gpt_paper).
 """
@@ -6,19 +6,11 @@ Sources: Jia et al. 2022, arXiv 2203.12119 (vpt_paper); Yoo et al. 2023, arXiv 2
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from peft import PeftModel
-from torch import nn
-
-from ..heads import trained_modules
-from .structure import Classifier, find_head
+from ..methods import PROMPT_METHODS
 
 
-if TYPE_CHECKING:
-    from .arguments import MethodArguments, VPTTrainingArguments
-
-PROMPT_METHODS = ("vpt", "vpt_shallow", "gated_vpt")
 RECIPES = ("default", "vpt_paper", "gpt_paper")
 
 # Peak AdamW learning rates of the default recipe: what a method adds or unfreezes, then its head.
@@ -40,8 +32,8 @@ _DEFAULT_RATES = {
 def recipe_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that the recipe named in `given` adds to what the user gave; nothing given is changed.
 
-    A learning rate or weight decay given by the user is meant for every parameter group, so the recipe then adds none
-    for single groups.
+    A learning rate or weight decay from the user applies to every parameter group, so the recipe then adds none for
+    single groups.
 
     Raises:
         ValueError: `recipe` is unknown.
@@ -104,53 +96,6 @@ def _paper_recipe(given: Mapping[str, Any], method: str, recipe: str) -> dict[st
     return values
 
 
-def scaled_learning_rate(base_learning_rate: float, training: VPTTrainingArguments) -> float:
-    """The linear scaling rule of the VPT paper: base rate times images per optimizer step over 256."""
-    images = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+def scaled_learning_rate(base_learning_rate: float, images: int) -> float:
+    """Return the rate by the linear scaling rule of the VPT paper: base rate times images per optimizer step over 256."""
     return base_learning_rate * images / 256
-
-
-def split_trainable(model: Classifier) -> dict[str, dict[str, nn.Parameter]]:
-    """Sort the trainable parameters into {"prompts", "head", "rest"}, each {name: parameter}.
-
-    "prompts" is what the PEFT method added (prompts, gates, temperatures, projections, LoRA's matrices), "head" the
-    task head, "rest" everything else (biases, unfrozen blocks, adapters).
-    """
-    if isinstance(model, PeftModel):
-        heads: list[nn.Module] = list(trained_modules(model))
-        prefix = str(model.base_model.prefix)
-    else:
-        heads, prefix = list(find_head(model).values()), None
-    of_head = {id(parameter) for head in heads for parameter in head.parameters()}
-    groups: dict[str, dict[str, nn.Parameter]] = {"prompts": {}, "head": {}, "rest": {}}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if id(parameter) in of_head:
-            groups["head"][name] = parameter
-        elif prefix is not None and any(part.startswith(prefix) for part in name.split(".")):
-            groups["prompts"][name] = parameter
-        else:
-            groups["rest"][name] = parameter
-    return groups
-
-
-def parameter_groups(
-    model: Classifier, method: MethodArguments, training: VPTTrainingArguments
-) -> list[dict[str, Any]]:
-    """Optimizer groups of the trainable parameters: prompts, head and rest with a learning rate and decay each.
-
-    Parameters of fewer than two dimensions (biases, norms, gates, temperatures) are never decayed.
-    """
-    rates = {"prompts": method.prompt_learning_rate, "head": method.head_learning_rate, "rest": None}
-    decays = {"prompts": method.prompt_weight_decay, "head": method.head_weight_decay, "rest": None}
-    groups = []
-    for group_name, parameters in split_trainable(model).items():
-        rate = training.learning_rate if rates[group_name] is None else rates[group_name]
-        decay = training.weight_decay if decays[group_name] is None else decays[group_name]
-        matrices = [p for p in parameters.values() if p.ndim >= 2]
-        vectors = [p for p in parameters.values() if p.ndim < 2]
-        for params, weight_decay in ((matrices, decay), (vectors, 0.0)):
-            if params:
-                groups.append({"params": params, "lr": rate, "weight_decay": weight_decay, "name": group_name})
-    return groups

@@ -1,11 +1,12 @@
 """transformers' Trainer with parameter groups, small checkpoints, and a stop at a loss that is not finite.
 
-Users who bring their own Trainer need nothing of this: a prompted model is a `PeftModel` like any other.
+Your own Trainer needs none of this: a prompted model is a `PeftModel` like any other.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from transformers import (
 )
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from ..tasks import Task
 from .arguments import MethodArguments, VPTTrainingArguments
-from .recipes import parameter_groups
-from .saving import BASELINE_CONFIG, load_trained, save_trained
+from .checkpoints import BASELINE_CONFIG, load_trained, save_trained
+from .optim import parameter_groups
 
 
 class TrainingDiverged(RuntimeError):
@@ -42,7 +44,15 @@ class FiniteEvaluation(TrainerCallback):
 
 
 class ReadableProgress(ProgressCallback):
-    """transformers' progress bar, with a line of words per log in place of a dict, and no bars left of evaluations."""
+    """transformers' progress bar with one readable line per log, and without the bars of past evaluations.
+
+    Args:
+        metrics: names of the metrics to show beside the loss.
+    """
+
+    def __init__(self, metrics: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.metrics = ("loss", *metrics)
 
     def on_prediction_step(
         self,
@@ -64,11 +74,11 @@ class ReadableProgress(ProgressCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        # The totals at the end are the program's to tell
+        # The program itself reports the totals at the end
         if not logs or "train_runtime" in logs or self.training_bar is None:
             return
         values = {name.removeprefix("eval_"): value for name, value in logs.items()}
-        shown = [f"{n.replace('_', ' ')} {values[n]:.4g}" for n in ("loss", "accuracy", "macro_f1") if n in values]
+        shown = [f"{n.replace('_', ' ')} {values[n]:.4g}" for n in self.metrics if n in values]
         kind = "validation" if any(name.startswith("eval_") for name in logs) else "training"
         if shown:
             self.training_bar.write(f"epoch {logs.get('epoch', 0.0):g}, {kind}: {', '.join(shown)}")
@@ -78,6 +88,7 @@ class VPTTrainer(Trainer):
     """Trainer for models of `build_model`.
 
     Args:
+        task (`Task`): makes the batches and measures.
         method (`MethodArguments`): gives learning rates and weight decays of prompts and head.
         kwargs: as of `transformers.Trainer`.
     """
@@ -85,12 +96,12 @@ class VPTTrainer(Trainer):
     args: VPTTrainingArguments
     model: Any
 
-    def __init__(self, *, method: MethodArguments, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, *, task: Task, method: MethodArguments, **kwargs: Any) -> None:
+        super().__init__(data_collator=task.collate, compute_metrics=task.compute_metrics(), **kwargs)
         self.method = method
         self.add_callback(FiniteEvaluation())
         if not self.args.disable_tqdm and self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(ReadableProgress())
+            self.add_callback(ReadableProgress([metric.name for metric in task.metrics]))
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Make the Hub repository before anything is trained.
@@ -108,7 +119,7 @@ class VPTTrainer(Trainer):
             ) from error
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The optimizer `args.optim` names, over prompts, head and rest with rates of their own."""
+        """Make the optimizer that `args.optim` names, with prompts, head and rest in groups of their own."""
         if self.optimizer is None:
             trained: Any = self.model if model is None else model
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, trained)

@@ -1,0 +1,107 @@
+"""The registry of methods is the one list: training's flag, the costs and the recipes go by it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig
+from peft_fixtures import vit
+from torch import nn
+from transformers import HieraConfig, HieraForImageClassification
+
+from vpt_peft import GatedVPTConfig, VPTConfig
+from vpt_peft.cost import estimate_costs
+from vpt_peft.encoder import find_encoder
+from vpt_peft.methods import METHODS, PROMPT_METHODS, MethodOptions, apply_method
+from vpt_peft.training.arguments import train_parser
+from vpt_peft.training.recipes import recipe_defaults
+
+
+ORDER = [
+    "vpt", "vpt_shallow", "gated_vpt", "linear", "full", "partial", "mlp", "bias", "adapter", "sidetune", "lora"
+]  # fmt: skip
+
+
+def test_one_order_for_flags_and_costs():
+    assert list(METHODS) == ORDER
+    (flag,) = [action for action in train_parser("vpt-peft train")._actions if action.dest == "method"]
+    assert list(flag.choices) == ORDER
+    model = vit(torch.float32)
+    assert [each.method for each in estimate_costs(model, batch_size=1, memory_limit=10**9)] == ORDER
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_described_and_has_a_rate(name):
+    method = METHODS[name]
+    assert bool(method.source) == bool(method.url) == (f"[{method.source}]({method.url})" in method.markdown)
+    assert method.markdown.startswith(method.title)
+    assert (method.configure is None) + (method.modify is None) == (2 if name == "full" else 1)
+    assert recipe_defaults({"method": name})["learning_rate"] > 0
+
+
+def test_prompt_methods_are_those_with_a_prompt_configuration():
+    options = MethodOptions(num_virtual_tokens=7, fields={"prompt_dropout": 0.25})
+    found = {}
+    for name, method in METHODS.items():
+        config = method.configure and method.configure(vit(torch.float32), options, None)
+        if isinstance(config, VPTConfig):
+            found[name] = (type(config), config.deep, config.num_virtual_tokens, config.prompt_dropout)
+    assert found == {
+        "vpt": (VPTConfig, True, 7, 0.25),
+        "vpt_shallow": (VPTConfig, False, 7, 0.25),
+        "gated_vpt": (GatedVPTConfig, False, 7, 0.25),
+    }
+    assert tuple(found) == PROMPT_METHODS
+
+
+def test_lora_is_on_query_and_value_also_where_they_are_fused():
+    stages = {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "num_query_pool": 1, "image_size": [32, 32]}
+    hiera = HieraForImageClassification(HieraConfig(**stages, masked_unit_size=[8, 8]))
+    for model, names in ((vit(torch.float32), {"q_proj", "v_proj"}), (hiera, {"qkv"})):
+        config = METHODS["lora"].configure(model, MethodOptions(lora_r=3), None)
+        assert isinstance(config, LoraConfig) and config.target_modules == names
+        assert (config.r, config.lora_alpha, config.modules_to_save) == (3, 6, ["classifier"])
+
+
+def test_lora_is_refused_where_the_projections_are_not_known():
+    model = vit(torch.float32)
+    spec = find_encoder(model)
+    attention = replace(spec.blocks[0].attention, query=None)
+    unknown = replace(spec, blocks=(replace(spec.blocks[0], attention=attention), *spec.blocks[1:]))
+    with pytest.raises(ValueError, match="no query and value projections in ViTForImageClassification"):
+        apply_method(model, "lora", MethodOptions(), unknown)
+
+
+@pytest.mark.parametrize("name", ["adapter", "sidetune", "mlp"])
+def test_added_modules_have_the_dtype_of_the_model(name):
+    model = vit(torch.float32).to(torch.bfloat16)
+    before = set(model.modules())
+    apply_method(model, name, MethodOptions())
+    added = [module for module in model.modules() if module not in before]
+    assert any(isinstance(module, nn.Linear) for module in added)
+    assert {parameter.dtype for module in added for parameter in module.parameters()} == {torch.bfloat16}
+
+
+def test_a_known_encoder_is_not_looked_for_again(monkeypatch):
+    model = vit(torch.float32)
+    spec = find_encoder(model)
+    for module in ("baselines", "peft_configs", "structure"):
+        monkeypatch.setattr(f"vpt_peft.methods.{module}.find_encoder", lambda *_: pytest.fail("looked again"))
+    for name in ("partial", "adapter", "lora"):
+        apply_method(vit(torch.float32), name, MethodOptions(), spec)
+
+
+@pytest.mark.parametrize(
+    "field", ["num_virtual_tokens", "lora_r", "partial_blocks", "mlp_layers", "adapter_reduction"]
+)
+@pytest.mark.parametrize("value", [0, -1, 1.0, True])
+def test_options_out_of_range(field, value):
+    with pytest.raises(ValueError, match=f"{field}={value!r} must be an integer of at least 1"):
+        MethodOptions(**{field: value})
+
+
+def test_an_unknown_method_changes_nothing():
+    model = vit(torch.float32)
+    with pytest.raises(ValueError, match="method='vtp' is unknown; choose one of vpt, vpt_shallow"):
+        apply_method(model, "vtp", MethodOptions())
+    assert all(parameter.requires_grad for parameter in model.parameters())

@@ -1,0 +1,144 @@
+"""Where image data comes from: scikit-learn's digits, a folder, or the Hub."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from PIL import Image
+
+from .images import IMAGE_SUFFIXES, DataError, DataNotFoundError
+
+
+# The words by which `datasets` tells split folders from class folders
+_SPLIT_FOLDERS = frozenset(
+    ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
+)
+_DIGITS_SEED = 0
+
+
+def read_source(
+    name: str, config_name: str | None, revision: str | None, token: str | None, cache_dir: str | None
+) -> tuple[datasets.DatasetDict, dict[int, str] | None]:
+    """Read a data set as it comes, and the class names of an `id2label.json` beside it.
+
+    Args:
+        name: "digits", a folder, or an id on the Hub (a folder wins over an id).
+        config_name: configuration of the data set.
+        revision: branch, tag or commit on the Hub.
+        token: Hub token; default: `HF_TOKEN` or the stored login.
+        cache_dir: where `datasets` keeps its files; default: `HF_DATASETS_CACHE`.
+
+    Raises:
+        DataNotFoundError: if there is no such folder or Hub id, or it cannot be reached.
+        DataError: if it is there and cannot be read.
+    """
+    if name == "digits":
+        return _digits(), None
+    folder = Path(name).expanduser()
+    options: dict[str, Any] = {"name": config_name, "cache_dir": cache_dir}
+    if folder.is_dir():
+        try:
+            if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+                loaded = datasets.load_from_disk(str(folder))
+            elif (class_folders := _class_folders(folder)) is not None:
+                files = {"train": [os.path.join(glob.escape(str(folder / kind)), "**") for kind in class_folders]}
+                loaded = datasets.load_dataset("imagefolder", data_files=files, **options)
+            else:
+                loaded = datasets.load_dataset(str(folder), **options)
+        except Exception as error:
+            _check_for_empty_split(name, error)
+            raise DataError(
+                f"dataset_name={name!r}: the folder cannot be read as image data ({_root_cause(error)}). It needs "
+                "parquet files (data/train-*.parquet), or one folder of images per class (train/<class>/*.png, or "
+                "<class>/*.png), and you need the right to read it."
+            ) from error
+        if isinstance(loaded, datasets.Dataset):
+            loaded = datasets.DatasetDict({"train": loaded})
+        return loaded, _read_id2label(folder / "id2label.json")
+    if folder.exists() or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name:
+        fault = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise DataNotFoundError(f"dataset_name={name!r}: {fault}; give a folder, a Hub id, or 'digits'.")
+    try:
+        return datasets.load_dataset(name, revision=revision, token=token, **options), None
+    except Exception as error:
+        _check_for_empty_split(name, error)
+        where = f" at revision {revision!r}" if revision else ""
+        kind = DataNotFoundError if isinstance(error, FileNotFoundError | ConnectionError) else DataError
+        raise kind(
+            f"dataset_name={name!r}{where}: no such folder here, and the Hub at {datasets.config.HF_ENDPOINT} did "
+            f"not give it ({_root_cause(error)}). Check the id, the revision and dataset_config_name. If the data set "
+            "is private or gated, HF_TOKEN must hold a token that may read it. Without a network, use data that is in "
+            "the cache already (HF_HUB_OFFLINE=1 stops the retries), the path of a local folder, or 'digits'."
+        ) from error
+
+
+def _check_for_empty_split(name: str, error: Exception) -> None:
+    # `datasets` refuses the whole data set for one empty split
+    match = re.search(r'Instruction "(.+)" corresponds to no data', str(error))
+    if match:
+        raise DataError(f"dataset_name={name!r}: the split {match[1]!r} is empty; fill or remove it.") from error
+
+
+def _root_cause(error: BaseException) -> str:
+    while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
+
+
+def _class_folders(folder: Path) -> list[str] | None:
+    """The class folders right under `folder`, or None if it has another layout.
+
+    `datasets` takes a class that is called "train" or "test", or a file with such a word in its name, for a split,
+    and leaves the others out without a word; so this layout is named to it in full.
+    """
+    children = [
+        child for child in sorted(folder.iterdir()) if child.is_dir() and not child.name.startswith((".", "__"))
+    ]
+    classes = [
+        child.name
+        for child in children
+        if any(file.suffix.lower() in IMAGE_SUFFIXES for file in child.iterdir() if file.is_file())
+    ]
+    has_table = any(file.suffix in (".csv", ".jsonl", ".parquet", ".arrow") for file in folder.iterdir())
+    return classes if not has_table and not {name.lower() for name in classes} <= _SPLIT_FOLDERS else None
+
+
+def _read_id2label(path: Path) -> dict[int, str] | None:
+    if not path.exists():
+        return None
+    try:
+        id2label = {int(key): str(value) for key, value in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f'{path} cannot be read ({error}); it must look like {{"0": "cat", "1": "dog"}}.') from error
+    if sorted(id2label) != list(range(len(id2label))) or len(set(id2label.values())) < len(id2label):
+        raise DataError(f"{path} must give each of the keys 0..{len(id2label) - 1} once, each with its own name.")
+    return id2label
+
+
+def _digits() -> datasets.DatasetDict:
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey, 0..16 brought to 0..255; 60/20/20 by label, always alike."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    values, labels = load_digits(return_X_y=True)
+    pixels = np.rint(values.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    everything = np.arange(len(labels))
+    train, rest = train_test_split(everything, test_size=0.4, stratify=labels, random_state=_DIGITS_SEED)
+    validation, test = train_test_split(rest, test_size=0.5, stratify=labels[rest], random_state=_DIGITS_SEED)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("0123456789"))})
+    return datasets.DatasetDict(
+        {
+            name: datasets.Dataset.from_dict(
+                {"image": [Image.fromarray(pixels[i]) for i in rows], "label": labels[rows].tolist()},
+                features=features,
+            )
+            for name, rows in (("train", train), ("validation", validation), ("test", test))
+        }
+    )

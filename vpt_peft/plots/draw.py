@@ -1,0 +1,128 @@
+"""Learning curves, and a metric against the number of trainable parameters."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..reporting import Shown, shown
+from .runs import Run, find_runs, group_runs
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MARKERS = "osD^vP*X"
+
+
+def _common_metric(groups: dict[str, list[Run]]) -> str:
+    """The metric of all runs.
+
+    Raises:
+        ValueError: they have different ones.
+    """
+    names = sorted({run.metric for runs in groups.values() for run in runs})
+    if len(names) > 1:
+        raise ValueError(f"the runs have different metrics ({', '.join(names)}); plot those of one metric at a time.")
+    return names[0]
+
+
+def draw_curves(groups: dict[str, list[Run]], axes: Sequence[Axes]) -> None:
+    """Draw training loss and validation metric over epochs: mean of the seeds as a line, their range as a band.
+
+    Raises:
+        ValueError: the runs have different metrics.
+    """
+    key = f"eval_{_common_metric(groups)}"
+    values = [value for runs in groups.values() for run in runs for value in run.curve(key).values()]
+    for ax, name, panel in ((axes[0], "loss", Shown("training loss")), (axes[1], key, shown(key, values))):
+        for (label, runs), marker in zip(groups.items(), cycle(_MARKERS), strict=False):
+            points: dict[float, list[float]] = {}
+            for run in runs:
+                for epoch, value in run.curve(name).items():
+                    points.setdefault(epoch, []).append(panel.scale * value)
+            epochs = sorted(points)
+            means = [statistics.fmean(points[epoch]) for epoch in epochs]
+            (line,) = ax.plot(epochs, means, marker=marker if len(epochs) < 30 else "", markersize=4, label=label)
+            if len(runs) > 1:
+                low, high = ([choose(points[epoch]) for epoch in epochs] for choose in (min, max))
+                ax.fill_between(epochs, low, high, color=line.get_color(), alpha=0.1, linewidth=0)
+        ax.set_xlabel("epoch")
+        ax.set_ylabel(panel.title)
+        ax.locator_params(axis="x", integer=True)
+
+
+def draw_tradeoff(groups: dict[str, list[Run]], axes: Sequence[Axes]) -> None:
+    """Draw the metric against trainable parameters, one point per group, with the sample deviation over seeds.
+
+    Raises:
+        ValueError: the runs have different metrics.
+    """
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    (ax,) = axes
+    everything = [run.metrics for runs in groups.values() for run in runs]
+    metric = _common_metric(groups)
+    name = f"test_{metric}" if all(f"test_{metric}" in metrics for metrics in everything) else f"eval_{metric}"
+    panel = shown(name, [metrics[name] for metrics in everything])
+    for (label, runs), marker in zip(groups.items(), cycle(_MARKERS), strict=False):
+        values = [panel.scale * run.metrics[name] for run in runs]
+        spread = statistics.stdev(values) if len(runs) > 1 else None
+        parameters, mean = runs[0].metrics["trainable_parameters"], statistics.fmean(values)
+        ax.errorbar([parameters], [mean], yerr=spread, marker=marker, capsize=3, ls="", label=label)
+    ax.set_xscale("log")
+    low, high = ax.get_xlim()
+    ax.xaxis.set_major_formatter(_short)
+    # The axis may span less than a power of ten
+    ax.xaxis.set_minor_formatter(FuncFormatter(_short) if high < 20 * low else NullFormatter())
+    ax.tick_params(axis="x", which="both", labelsize="small", rotation=30)
+    ax.set_xlabel("trainable parameters")
+    ax.set_ylabel(panel.title)
+
+
+def _short(value: float, _: float) -> str:
+    return f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k"
+
+
+_KINDS: dict[str, tuple[int, Callable]] = {"curves": (2, draw_curves), "tradeoff": (1, draw_tradeoff)}
+KINDS = tuple(_KINDS)
+
+
+def plot(paths: Iterable[str | Path], output_file: str | Path, kind: str = "curves") -> Path:
+    """Draw the runs found in `paths` and return the path of the picture.
+
+    Args:
+        paths (`Iterable[str | Path]`): output folders.
+        output_file (`str | Path`): its ending (.png, .pdf, .svg) decides the format.
+        kind (`str`): "curves" or "tradeoff".
+
+    Raises:
+        FileNotFoundError: there is no finished run.
+        ModuleNotFoundError: matplotlib is not installed.
+        ValueError: an unknown kind or ending, or runs with different metrics.
+    """
+    if kind not in _KINDS:
+        raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}.")
+    groups, output_file = group_runs(find_runs(paths)), Path(output_file)
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("plots need matplotlib: pip install 'vpt_peft[plots]'.") from error
+    panels, draw = _KINDS[kind]
+    figure = Figure(figsize=(4.5 * panels + 0.5, 3.6 + 0.25 * math.ceil(len(groups) / 2)), layout="constrained")
+    known = FigureCanvasAgg(figure).get_supported_filetypes()
+    if output_file.suffix[1:].lower() not in known:
+        raise ValueError(f"output_file={str(output_file)!r} must end in one of .{', .'.join(sorted(known))}.")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    draw(groups, axes)
+    for ax in axes:
+        ax.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    output_file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output_file, dpi=150)
+    return output_file

@@ -1,0 +1,358 @@
+"""Image classification: one class per image.
+
+Accuracy and macro-F1 are `evaluate` metrics over scikit-learn; they work offline, as no script is fetched.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import evaluate
+import torch
+from PIL import Image
+from sklearn.metrics import accuracy_score, f1_score
+from transformers import AutoModelForImageClassification, EvalPrediction, default_data_collator
+
+from ..data.arguments import DataArguments
+from ..data.images import DataError
+from ..data.sources import read_source
+from ..data.splits import as_checked_images, choose_splits, divide, find_column
+from ..data.transforms import ImageTransform, build_transform
+from .base import DEFAULT_TASK, Metric
+
+
+logger = logging.getLogger(__name__)
+
+_IMAGE_NAMES = ("image", "img", "images", "picture", "photo")
+_LABEL_NAMES = ("label", "labels", "fine_label", "class", "target", "category")
+_LABEL_DTYPES = ("int", "uint", "string", "large_string", "bool")
+
+_CITATION = """\
+@article{scikit-learn,
+  title={Scikit-learn: Machine Learning in {P}ython},
+  author={Pedregosa, F. and Varoquaux, G. and Gramfort, A. and Michel, V. and Thirion, B. and Grisel, O. and others},
+  journal={Journal of Machine Learning Research},
+  volume={12},
+  pages={2825--2830},
+  year={2011}
+}"""
+_INPUTS = """
+Args:
+    predictions (list of int): predicted classes.
+    references (list of int): true classes.
+"""
+
+
+def _metric_info(description: str, page: str) -> evaluate.MetricInfo:
+    return evaluate.MetricInfo(
+        description=description,
+        citation=_CITATION,
+        inputs_description=_INPUTS,
+        features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}),
+        reference_urls=[f"https://scikit-learn.org/stable/modules/generated/sklearn.metrics.{page}.html"],
+    )
+
+
+class Accuracy(evaluate.Metric):
+    """Share of images whose predicted class is the true one, in [0, 1]."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _metric_info("Share of images whose predicted class is the true one.", "accuracy_score")
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        return {"accuracy": float(accuracy_score(references, predictions))}
+
+
+class MacroF1(evaluate.Metric):
+    """Unweighted mean over the classes of F1 = 2 precision recall / (precision + recall), in [0, 1].
+
+    The mean runs over the classes that occur among references or predictions; a class that is never predicted, or
+    predicted but never true, counts with 0.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _metric_info("Unweighted mean of the F1 scores of the classes.", "f1_score")
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        return {"macro_f1": float(f1_score(references, predictions, average="macro", zero_division=0))}
+
+
+class ClassificationMetrics:
+    """Accuracy and macro-F1 of batches that come one by one, as `Trainer` wants them with `batch_eval_metrics`."""
+
+    def __init__(self) -> None:
+        self._metrics: list[evaluate.Metric] = [Accuracy(keep_in_memory=True), MacroF1(keep_in_memory=True)]
+
+    def __call__(self, eval_prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
+        """Add a batch; return the metrics of all batches since the last result, or {} before the last one.
+
+        Args:
+            eval_prediction: logits `(batch, classes)`, or a tuple that starts with them, and labels `(batch,)`.
+            compute_result: this batch is the last.
+
+        Raises:
+            ValueError: there is not one prediction per label.
+        """
+        logits, references = _first(eval_prediction.predictions), _first(eval_prediction.label_ids)
+        logits, references = torch.as_tensor(logits), torch.as_tensor(references)
+        if logits.ndim != 2 or references.shape != logits.shape[:1] or not len(references):
+            raise ValueError(
+                f"predictions of shape {tuple(logits.shape)} do not fit labels of shape {tuple(references.shape)}; "
+                "expected (images, classes) for (images,) labels, and at least one image."
+            )
+        predictions = logits.argmax(-1)
+        results: dict[str, float] = {}
+        for metric in self._metrics:
+            metric.add_batch(predictions=predictions.cpu().numpy(), references=references.cpu().numpy())
+            if compute_result:
+                results |= metric.compute() or {}
+        return results
+
+
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, tuple) else value
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """A transform of {"image", "label"} to {"pixel_values", "labels"}; "label" may be absent."""
+
+    images: ImageTransform
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, Any]:
+        output = self.images(batch)
+        if "label" in batch:
+            output["labels"] = list(batch["label"])
+        return output
+
+
+class ImageClassification:
+    """One class per image, named by the label column of the data."""
+
+    pipeline_tag = DEFAULT_TASK
+    auto_class = AutoModelForImageClassification
+    metrics = (Metric("accuracy", "Accuracy", "accuracy"), Metric("macro_f1", "Macro F1", "f1"))
+    best_metric = "accuracy"
+    higher_is_better = True
+    label_names = ("labels",)
+    example = (
+        'logits = model(**processor(images=image, return_tensors="pt")).logits\n'
+        "print(model.config.id2label[logits.argmax(-1).item()])"
+    )
+    limits = "The model knows only the classes above and gives every image one of them."
+
+    def read(
+        self,
+        data: DataArguments,
+        token: str | None = None,
+        cache_dir: str | None = None,
+        id2label: Mapping[int, str] | None = None,
+    ) -> datasets.DatasetDict:
+        """Read a data set with the columns "image" and "label".
+
+        Classes are those of the `ClassLabel` feature, else of an `id2label.json` in the data folder ({"0": "cat",
+        ...}), else the sorted distinct labels of the training split. Without a validation split, one is drawn from
+        the training split, stratified by label. A test split that was found, not asked for, and has no labels is left
+        out with a warning.
+
+        Args:
+            data: what to read.
+            token: Hub token; default: `HF_TOKEN` or the stored login.
+            cache_dir: where `datasets` keeps its files; default: `HF_DATASETS_CACHE`.
+            id2label: the classes of a model; labels are then numbered as the model numbers them, matched by name.
+
+        Returns:
+            "train", "validation" and, if there is one, "test", with columns "image" (an Image feature; decoding errors
+            are `ImageError`s that name the file) and "label" (`ClassLabel`; with `id2label` plain integers).
+
+        Raises:
+            DataNotFoundError: there is no such folder or Hub id, or it cannot be reached.
+            DataError: a split or column is missing, a split is empty, the training split has one class only, or a
+                label is missing, out of range or unknown to the model.
+        """
+        source, named = read_source(
+            data.dataset_name, data.dataset_config_name, data.dataset_revision, token, cache_dir
+        )
+        splits = choose_splits(source, data)
+        features = splits["train"].features
+        image_column = find_column(features, data.image_column_name, "image", datasets.Image, _IMAGE_NAMES)
+        label_column = find_column(features, data.label_column_name, "label", datasets.ClassLabel, _LABEL_NAMES)
+        _check_columns(splits, image_column, label_column)
+        logger.info("Images from column %r, labels from column %r.", image_column, label_column)
+
+        labels = {name: _labels_of(split, label_column, name) for name, split in splits.items()}
+        hidden = all(value is None or value == -1 for value in labels.get("test", ()))
+        if data.test_split is None and "test" in labels and hidden:
+            logger.warning("The test split has no labels and is left out; with --test_split that is an error.")
+            splits.pop("test")
+            labels.pop("test")
+        names, lookup = _find_classes(features[label_column], labels["train"], named)
+        prepared = {
+            name: _two_columns(
+                split, image_column, label_column, _encode(labels[name], lookup, names, name, label_column), names
+            )
+            for name, split in splits.items()
+        }
+
+        if "validation" not in prepared:
+            train = prepared["train"]
+            count = min(max(1, round(len(train) * data.validation_fraction)), len(train) - 1)
+            kept, held = divide(train["label"][:], count, data.split_seed)
+            prepared |= {"train": train.select(kept), "validation": train.select(held)}
+            logger.info("Took %d of the %d training images for validation.", len(held), len(train))
+        for name, limit in data.limits.items():
+            if limit is not None and name in prepared and limit < len(prepared[name]):
+                split = prepared[name]
+                kept, _ = divide(split["label"][:], len(split) - limit, data.split_seed)
+                prepared[name] = split.select(kept)
+        _check_two_classes(prepared["train"], names, label_column)
+        if id2label is not None:
+            prepared = {name: _renumber(split, names, id2label) for name, split in prepared.items()}
+        return datasets.DatasetDict({name: prepared[name] for name in data.limits if name in prepared})
+
+    def id2label(self, split: datasets.Dataset) -> dict[int, str]:
+        """Return the classes of a split by their numbers."""
+        return dict(enumerate(split.features["label"].names))
+
+    def targets(self, split: datasets.Dataset) -> list[dict[str, Any]]:
+        """Return [{"labels": class number}, ...] without reading the images."""
+        return [{"labels": label} for label in split["label"]]
+
+    def transform(
+        self, image_processor: Any, augmentation: str = "none", train: bool = False, seed: int = 0
+    ) -> LabelledImages:
+        """Return a transform of {"image", "label"} to {"pixel_values", "labels"}; see `build_transform`."""
+        return LabelledImages(build_transform(image_processor, augmentation, train, seed))
+
+    def collate(self, examples: list[Any]) -> dict[str, Any]:
+        """Stack examples: "pixel_values" `(batch, 3, height, width)` and, if given, "labels" `(batch,)` int64."""
+        return default_data_collator(examples)
+
+    def compute_metrics(self) -> ClassificationMetrics:
+        """Return a fresh function for `Trainer(compute_metrics=...)` with `batch_eval_metrics`."""
+        return ClassificationMetrics()
+
+    @torch.no_grad()
+    def predict(
+        self,
+        model: Any,
+        image_processor: Any,
+        images: Sequence[Image.Image],
+        augmentation: str = "none",
+        top_k: int | None = None,
+    ) -> list[list[dict[str, Any]]]:
+        """Return [{"label", "probability"}, ...] for each RGB image, the likeliest first."""
+        pixels = build_transform(image_processor, augmentation)({"image": list(images)})["pixel_values"]
+        logits = model(pixel_values=pixels.to(next(model.parameters()).device)).logits
+        count = logits.shape[-1]
+        best = logits.float().softmax(-1).topk(count if top_k is None else min(top_k, count))
+        names = {int(index): name for index, name in model.config.id2label.items()}
+        return [
+            [{"label": names[i], "probability": value} for i, value in zip(indices, values, strict=True)]
+            for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+
+
+TASK = ImageClassification()
+
+
+def _check_columns(splits: Mapping[str, datasets.Dataset], image_column: str, label_column: str) -> None:
+    if image_column == label_column:
+        raise DataError(f"image_column_name and label_column_name are both {image_column!r}; they must differ.")
+    for name, split in splits.items():
+        for column in (image_column, label_column):
+            if column not in split.column_names:
+                raise DataError(f"column {column!r} is missing in split {name!r}, which has {split.column_names}.")
+        ours, theirs = (getattr(each.features[label_column], "names", None) for each in (splits["train"], split))
+        if ours != theirs:
+            raise DataError(
+                f"split {name!r} numbers its classes differently from the training split: "
+                f"{_shorten(theirs or ['none'])} against {_shorten(ours or ['none'])}. Give all splits one ClassLabel."
+            )
+
+
+def _labels_of(split: datasets.Dataset, column: str, name: str) -> list:
+    feature = split.features.get(column)
+    dtype = getattr(feature, "dtype", type(feature).__name__)
+    scalar = isinstance(feature, datasets.Value) and dtype.startswith(_LABEL_DTYPES)
+    if not scalar and not isinstance(feature, datasets.ClassLabel):
+        raise DataError(
+            f"label column {column!r} of split {name!r} is {dtype}; it must hold one integer or string per image."
+        )
+    return split.with_format(None).select_columns([column])[:][column]
+
+
+def _find_classes(
+    feature: Any, train_labels: Sequence, id2label: Mapping[int, str] | None
+) -> tuple[list[str], dict[Hashable, int]]:
+    """Return the class names in order, and the class number of each label as it stands in the data."""
+    by_file: dict[Hashable, int] = {}
+    if id2label is not None:
+        for number, name in id2label.items():
+            by_file.update({name: number, str(number): number, number: number})
+    own = list(getattr(feature, "names", None) or [])
+    if own and not all(name in by_file for name in own):
+        return own, {number: number for number in range(len(own))}
+    if id2label is not None:
+        names = [id2label[number] for number in range(len(id2label))]
+        return names, {number: by_file[name] for number, name in enumerate(own)} if own else by_file
+    # Negative numbers mean "no label" by convention
+    distinct = sorted({v for v in train_labels if v is not None and not (isinstance(v, int) and v < 0)})
+    if distinct and isinstance(distinct[0], int) and distinct != list(range(len(distinct))):
+        logger.warning("The labels %s are renumbered from 0; the numbers stay as names.", _shorten(distinct))
+    return [str(value) for value in distinct], {value: number for number, value in enumerate(distinct)}
+
+
+def _encode(labels: Sequence, lookup: dict[Hashable, int], names: list[str], split: str, column: str) -> list[int]:
+    wrong = [row for row, value in enumerate(labels) if value is None or value not in lookup]
+    if wrong:
+        raise DataError(
+            f"{len(wrong)} of {len(labels)} labels of split {split!r} (column {column!r}) are missing or out of "
+            f"range, the first in row {wrong[0]}: {labels[wrong[0]]!r}. The {len(names)} classes are "
+            f"{_shorten(names)}. Remove or correct these rows, or name all classes in an id2label.json beside the "
+            "data."
+        )
+    return [lookup[value] for value in labels]
+
+
+def _shorten(values: Sequence) -> str:
+    shown = ", ".join(map(str, values[:10]))
+    return f"{shown}, ... {values[-1]}" if len(values) > 10 else shown
+
+
+def _two_columns(
+    split: datasets.Dataset, image_column: str, label_column: str, labels: list[int], names: list[str]
+) -> datasets.Dataset:
+    feature = datasets.ClassLabel(names=names)
+    same = split.features[label_column] == feature
+    split = split.with_format(None).select_columns([image_column, label_column] if same else [image_column])
+    split = as_checked_images(split, image_column)
+    renamed = {column: name for column, name in ((image_column, "image"), (label_column, "label")) if column != name}
+    split = split.rename_columns({column: name for column, name in renamed.items() if column in split.column_names})
+    return split if same else split.add_column("label", labels, feature=feature)
+
+
+def _check_two_classes(train: datasets.Dataset, names: list[str], column: str) -> None:
+    present = sorted(set(train["label"][:]))
+    if len(present) < 2:
+        raise DataError(
+            f"all {len(train)} training images have the label {names[present[0]]!r} (column {column!r}); a classifier "
+            "needs two classes or more. Check label_column_name, max_train_samples and validation_fraction."
+        )
+
+
+def _renumber(split: datasets.Dataset, names: Sequence[str], id2label: Mapping[int, str]) -> datasets.Dataset:
+    """Number the labels as a model does; plain integers, as its names need not be unique."""
+    known = {name: int(number) for number, name in id2label.items()}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise DataError(
+            f"the model does not know the labels {', '.join(map(repr, unknown[:5]))}; it knows "
+            f"{', '.join(map(repr, list(known)[:5]))}{' ...' if len(known) > 5 else ''}. Evaluate on data of its classes."
+        )
+    labels = [known[names[label]] for label in split["label"][:]]
+    return split.remove_columns("label").add_column("label", labels, feature=datasets.Value("int64"))

@@ -1,0 +1,151 @@
+"""Evaluate a model on a split of a data set, and predict image files to a table."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas
+import torch
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction
+
+from ..data.arguments import DataArguments
+from ..data.images import DataError, ImageError, to_rgb
+from ..methods.structure import Classifier, base_model
+from ..tasks import Task, get_task
+
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def evaluate_model(
+    model: Classifier,
+    image_processor: Any,
+    data: DataArguments,
+    split: str = "test",
+    batch_size: int = 64,
+    token: str | None = None,
+    task: Task | None = None,
+) -> dict[str, float]:
+    """Return the task's metrics, "loss" and "samples" of a model on a split of a data set.
+
+    Classes are matched by name, so their order in the data may differ from that in training.
+
+    Args:
+        model: a model for the task, or a `PeftModel` of one.
+        image_processor: prepares its images.
+        data: the data, as for training.
+        split: "train", "validation", "test", or any split of the data set by its own name.
+        batch_size: images per forward pass.
+        token: Hub token.
+        task: default: image classification.
+
+    Raises:
+        DataError: no such split, or classes that the model does not know.
+    """
+    task = task or get_task()
+    if split not in ("train", "validation", "test"):
+        data, split = replace(data, test_split=split), "test"
+    names = {int(number): name for number, name in (base_model(model).config.id2label or {}).items()}
+    splits = task.read(data, token=token, id2label=names)
+    if split not in splits:
+        raise DataError(f"split={split!r} is not in {data.dataset_name!r}, which has {', '.join(splits)}.")
+    rows = splits[split].with_transform(task.transform(image_processor, data.augmentation))
+    device, compute_metrics = next(model.parameters()).device, task.compute_metrics()
+    model.eval()
+    total, seen = 0.0, 0
+    metrics: dict[str, float] = {}
+    loader: DataLoader = DataLoader(rows, batch_size=batch_size, collate_fn=task.collate)
+    for batch in loader:
+        inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+        output = model(**inputs)
+        count = len(next(iter(batch.values())))
+        total, seen = total + output.loss.item() * count, seen + count
+        predictions = tuple(value for name, value in output.items() if name != "loss")
+        targets = tuple(batch[name] for name in task.label_names)
+        metrics = compute_metrics(EvalPrediction(predictions, targets), compute_result=seen == len(rows))
+    return {**metrics, "loss": total / seen, "samples": seen}
+
+
+def predict_images(
+    model: Classifier,
+    image_processor: Any,
+    paths: Sequence[str | Path],
+    top_k: int | None = 5,
+    batch_size: int = 32,
+    augmentation: str = "none",
+    task: Task | None = None,
+) -> list[dict[str, Any]]:
+    """Predict image files to rows {"image", "predictions", "error"}; see `Task.predict` for the predictions.
+
+    A file that cannot be read gets a row without predictions and the reason as its error.
+
+    Args:
+        model: a model for the task with label names in its config.
+        image_processor: prepares its images.
+        paths: image files.
+        top_k: most predictions per image; None: all.
+        batch_size: images per forward pass.
+        augmentation: as in training; its evaluation form decides between resizing and cropping.
+        task: default: image classification.
+
+    Raises:
+        ValueError: top_k is below 1.
+    """
+    task = task or get_task()
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k} must be at least 1.")
+    model.eval()
+    rows: list[dict[str, Any]] = []
+    for start in range(0, len(paths), batch_size):
+        images, readable = [], []
+        for path in paths[start : start + batch_size]:
+            rows.append({"image": str(path), "predictions": [], "error": None})
+            try:
+                images.append(to_rgb(str(path)))
+                readable.append(rows[-1])
+            except ImageError as error:
+                logger.warning("%s", error)
+                rows[-1]["error"] = str(error)
+        if images:
+            found = task.predict(model, image_processor, images, augmentation, top_k)
+            for row, predictions in zip(readable, found, strict=True):
+                row["predictions"] = predictions
+    return rows
+
+
+def as_table(rows: Sequence[dict[str, Any]], kind: str) -> str:
+    """Return rows of `predict_images` as "json", or "csv" with columns image, label_1, probability_1, ..., error.
+
+    Raises:
+        ValueError: another kind.
+    """
+    if kind == "json":
+        return json.dumps(list(rows), indent=2) + "\n"
+    if kind != "csv":
+        raise ValueError(f"format={kind!r} is unknown; choose csv or json.")
+    columns = ["image"]
+    for rank in range(max((len(row["predictions"]) for row in rows), default=0)):
+        names = next(row["predictions"][rank] for row in rows if len(row["predictions"]) > rank)
+        columns += [f"{name}_{rank + 1}" for name in names]
+    table = [
+        {
+            "image": row["image"],
+            "error": row["error"],
+            **{
+                f"{name}_{rank}": value
+                for rank, prediction in enumerate(row["predictions"], start=1)
+                for name, value in prediction.items()
+            },
+        }
+        for row in rows
+    ]
+    return pandas.DataFrame(table, columns=[*columns, "error"]).to_csv(
+        index=False, float_format="%.6f", lineterminator="\n"
+    )

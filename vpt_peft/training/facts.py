@@ -1,0 +1,172 @@
+"""What the card of a run tells, gathered from arguments, model and metrics."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from textwrap import indent
+from typing import Any
+
+from ..embedded import EMBEDDED_FOLDERS
+from ..methods import METHODS, PROMPT_METHODS
+from ..reporting import SPLITS
+from ..reporting.card import CardFacts, Result, add_results
+from ..tasks import Task, get_task
+from .arguments import Arguments, MethodArguments, VPTTrainingArguments
+from .checkpoints import labels_of_adapter
+from .inference import read_record
+from .model import ParameterCounts
+
+
+# Where and how a run was done, not what was tried
+_HIDDEN = {"hub_model_id", "hub_private_repo", "push_to_hub", "feature_cache_dir", "report_to", "run_name"}
+
+
+def gather_facts(
+    arguments: Arguments,
+    counts: ParameterCounts,
+    metrics: Mapping[str, float],
+    classes: Mapping[int, str],
+    images: Mapping[str, int],
+    image_processor: Any,
+    model_class: str,
+    saved_bytes: int,
+) -> CardFacts:
+    """Return the facts for the card of a finished run.
+
+    Args:
+        arguments: as parsed.
+        counts: parameters of the trained model.
+        metrics: with the prefixes `train_`, `eval_` and `test_`.
+        classes: names by number.
+        images: number of images per split.
+        image_processor: the one used.
+        model_class: name of the base model's class in transformers.
+        saved_bytes: size of the saved weights.
+    """
+    task = get_task(arguments.model.task)
+    method, data, training = arguments.method, arguments.data, arguments.training
+    output_dir = Path(training.output_dir or "adapter")
+    peft_tag = ["peft"] if method.method in (*PROMPT_METHODS, "lora") else []
+    kept = "the weights of the last epoch are kept"
+    if training.load_best_model_at_end:
+        kept = f"the weights with the best validation {training.metric_for_best_model} are kept"
+    local_data = Path(data.dataset_name).exists()
+    data_name = _public_name(data.dataset_name)
+    return CardFacts(
+        name=output_dir.name,
+        pipeline_tag=task.pipeline_tag,
+        library="peft" if peft_tag else "transformers",
+        method=METHODS[method.method].markdown,
+        tags=["vpt_peft", task.pipeline_tag, "vision", method.method, *peft_tag],
+        base_name=_public_name(arguments.model.model_name_or_path),
+        data_name=data_name,
+        data_on_hub=not local_data and data.dataset_name != "digits",
+        snippet=_snippet(arguments, task, output_dir, model_class),
+        loading_note=_loading_note(task, output_dir),
+        results=_results(task, metrics),
+        classes=list(classes.values()),
+        protocol={
+            "data_source": f"{data_name} (a local folder)" if local_data else data.dataset_name,
+            "images": ", ".join(f"{count:,} {name}" for name, count in images.items()),
+            "train_split": data.train_split,
+            "validation_split": data.validation_split or "found, or drawn from train",
+            "split_seed": data.split_seed,
+            "augmentation": data.augmentation,
+            "seed": training.seed,
+            "kept": kept,
+            "trained": f"{counts.trainable:,}",
+            "total": f"{counts.total:,}",
+            "share": f"{100 * counts.trainable / counts.total:.2f}",
+            "head": f"{counts.head:,}",
+            "megabytes": f"{saved_bytes / 1e6:.3f}",
+            "seconds": f"{metrics['train_runtime']:,.1f}",
+            "limits": task.limits,
+        },
+        image_processor=image_processor,
+        hyper_parameters=_hyper_parameters(arguments),
+    )
+
+
+def add_test_results(folder: str | Path, metrics: Mapping[str, float]) -> None:
+    """Add the metrics with the prefix `test_` to the card of a run that was tested later."""
+    task = get_task(read_record(folder).get("task", get_task().pipeline_tag))
+    add_results(folder, _results(task, {name: metrics[name] for name in metrics if name.startswith("test_")}))
+
+
+def _results(task: Task, metrics: Mapping[str, float]) -> list[Result]:
+    return [
+        Result(split, metric.kind, metric.title, round(float(metrics[key]), 4), metric.format(metrics[key]))
+        for prefix, split in SPLITS.items()
+        for metric in task.metrics
+        if (key := f"{prefix}_{metric.name}") in metrics
+    ]
+
+
+def _public_name(name: str) -> str:
+    """Return a Hub id as it is, and of a folder only its name."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
+
+
+def _hyper_parameters(arguments: Arguments) -> dict[str, Any]:
+    """Return what was given, or filled in by the recipe, about method and training."""
+    names = {item.name for item in (*fields(MethodArguments), *fields(VPTTrainingArguments))} - _HIDDEN
+    shown = {name: value for name, value in arguments.record().items() if name in names}
+    if arguments.method.method in PROMPT_METHODS:
+        shown.setdefault("num_virtual_tokens", arguments.method.num_virtual_tokens)
+    return {"method": arguments.method.method, "recipe": arguments.method.recipe, **shown}
+
+
+def _snippet(arguments: Arguments, task: Task, folder: Path, model_class: str) -> str:
+    """Return code that loads the folder and predicts an image, as it can be pasted."""
+    method, base = arguments.method.method, arguments.model.model_name_or_path
+    embedded = base in EMBEDDED_FOLDERS
+    target = f"adapter = {json.dumps(str(folder))}  # this folder or its Hub id\n"
+    use = (
+        'image = Image.new("RGB", (224, 224))  # or Image.open("your.jpg").convert("RGB")\n'
+        f"with torch.no_grad():\n{indent(task.example, '    ')}\n"
+    )
+    if method not in (*PROMPT_METHODS, "lora"):
+        return (
+            "import torch\nfrom PIL import Image\nfrom vpt_peft.training.inference import load_adapter_model\n\n"
+            f"{target}model, processor = load_adapter_model(adapter)\n{use}"
+        )
+    registers = "import vpt_peft  # registers the method with PEFT\n" if method in PROMPT_METHODS else ""
+    packaged = "from vpt_peft.embedded import embedded_path\n" if embedded else ""
+    located = f"embedded_path({json.dumps(base)})" if embedded else json.dumps(base)
+    has_labels = labels_of_adapter(folder) is not None
+    auto_class = model_class if embedded else task.auto_class.__name__
+    if has_labels and not embedded:
+        imported, classes = "AutoPeftModel", "AutoImageProcessor"
+        load = "model = AutoPeftModel.from_pretrained(adapter, dtype=torch.float32).eval()\n"
+    elif has_labels:
+        imported, classes = "PeftModel", f"AutoImageProcessor, {auto_class}"
+        load = (
+            f"base = {auto_class}.from_pretrained({located}, dtype=torch.float32)\n"
+            "model = PeftModel.from_pretrained(base, adapter).eval()\n"
+        )
+    else:
+        imported, classes = "PeftModel", f"AutoConfig, AutoImageProcessor, {auto_class}"
+        load = (
+            "config = AutoConfig.from_pretrained(adapter)  # with the names of the classes\n"
+            f"base = {auto_class}.from_pretrained(\n"
+            f"    {located}, config=config, dtype=torch.float32, ignore_mismatched_sizes=True\n)\n"
+            "model = PeftModel.from_pretrained(base, adapter).eval()\n"
+        )
+    return (
+        f"import torch\nfrom peft import {imported}\nfrom PIL import Image\nfrom transformers import {classes}\n\n"
+        f"{registers}{packaged}\n{target}{load}processor = AutoImageProcessor.from_pretrained(adapter)\n{use}"
+    )
+
+
+def _loading_note(task: Task, folder: Path) -> str:
+    """Return how else an adapter loads, and how the image processor that was used gets in."""
+    if not (folder / "adapter_config.json").is_file() or labels_of_adapter(folder) is None:
+        return ""
+    return (
+        f"`{task.auto_class.__name__}.from_pretrained(adapter)` loads it too, and so does "
+        f'`pipeline("{task.pipeline_tag}", adapter, image_processor=adapter)`. Without `image_processor`, `pipeline` '
+        "takes the one of the base model."
+    )

@@ -1,0 +1,225 @@
+"""The model of a run: the backbone with a head for the labels, made ready for the method."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
+from transformers.utils import logging as transformers_logging
+
+from ..embedded import EMBEDDED_FOLDERS, embedded_path
+from ..methods import METHODS, MethodOptions, apply_method
+from ..methods.structure import Classifier, find_head
+from ..tasks import get_task
+from .arguments import GATE_FIELDS, PROMPT_FIELDS, MethodArguments, ModelArguments
+from .optim import split_trainable
+
+
+logger = logging.getLogger(__name__)
+
+SPEC_ATTRIBUTE = "baseline_spec"
+EMBEDDED = tuple(EMBEDDED_FOLDERS)
+
+
+@dataclass(frozen=True)
+class BaselineSpec:
+    """What rebuilds a baseline that is not a PEFT adapter; kept on the model and beside its saved weights."""
+
+    method: str
+    base_model_name_or_path: str
+    revision: str | None
+    partial_blocks: int
+    mlp_layers: int
+    adapter_reduction: int
+
+
+def resolve_model_path(name: str) -> str:
+    """Turn 'embedded' and 'embedded-mae' into the package's folders; anything else stays as it is."""
+    return str(embedded_path(name)) if name in EMBEDDED_FOLDERS else name
+
+
+def load_image_processor(model_args: ModelArguments) -> Any:
+    """Return the image processor of the backbone; torchvision is not needed.
+
+    Raises:
+        OSError: there is no such model, or it comes without an image processor.
+    """
+    with _named(model_args):
+        return AutoImageProcessor.from_pretrained(
+            resolve_model_path(model_args.model_name_or_path),
+            revision=model_args.model_revision or "main",
+            cache_dir=model_args.cache_dir,
+            token=model_args.token,
+        )
+
+
+@contextmanager
+def _named(model_args: ModelArguments) -> Iterator[None]:
+    """Say which model cannot be loaded, and what helps."""
+    try:
+        yield
+    except OSError as error:
+        name, why = model_args.model_name_or_path, " ".join(str(error).split())
+        if Path(name).is_dir():
+            raise OSError(f"model_name_or_path={name!r}: the folder cannot be used ({why}).") from error
+        where = f" at revision {model_args.model_revision!r}" if model_args.model_revision else ""
+        raise OSError(
+            f"model_name_or_path={name!r}{where}: no such folder here, and the Hub does not provide it ({why}). Check the "
+            "id and the revision. If the model is private or gated, HF_TOKEN must hold a token that may read it. "
+            "Without a network, use a model that is in the cache already (HF_HUB_OFFLINE=1 stops the retries), a local "
+            "folder, or 'embedded'."
+        ) from error
+
+
+def load_backbone(model_args: ModelArguments, id2label: Mapping[int, str]) -> PreTrainedModel:
+    """Load an image classifier in float32 with a head for `id2label`; a head of another size starts at zero.
+
+    MAE checkpoints are read as ViTs, as transformers has no classifier for them.
+
+    Raises:
+        ValueError: weights other than the head's are missing or have another shape than the checkpoint's config says.
+        OSError: there is no such model.
+    """
+    labels = dict(id2label)
+    path = resolve_model_path(model_args.model_name_or_path)
+    source: dict[str, Any] = {
+        "revision": model_args.model_revision or "main",
+        "cache_dir": model_args.cache_dir,
+        "token": model_args.token,
+    }
+    with _named(model_args):
+        config = AutoConfig.from_pretrained(path, **source)
+    loader: Any = get_task(model_args.task).auto_class
+    if config.model_type == "vit_mae":
+        config, loader = ViTConfig.from_dict({**config.to_dict(), "model_type": "vit"}), ViTForImageClassification
+    config.id2label, config.label2id = labels, {name: index for index, name in labels.items()}
+    with _quiet_loading(), _named(model_args):
+        model, info = loader.from_pretrained(
+            path, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **source
+        )
+    head = find_head(model)
+    drawn = {*info["missing_keys"], *(mismatch[0] for mismatch in info["mismatched_keys"])}
+    wrong = sorted(key for key in drawn if not any(key == name or key.startswith(f"{name}.") for name in head))
+    if wrong:
+        raise ValueError(
+            f"model_name_or_path={model_args.model_name_or_path!r} does not hold the backbone's weights "
+            f"{', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}; choose a checkpoint that fits its config.json."
+        )
+    _start_at_zero(model, drawn)
+    return model
+
+
+def _start_at_zero(model: PreTrainedModel, drawn: Collection[str]) -> None:
+    """Let output layers that the checkpoint does not hold start at zero.
+
+    All classes are alike then. Random layers send their noise into the prompts, which hurts where images are few.
+    """
+    for path, head in find_head(model).items():
+        linears = [(name, module) for name, module in head.named_modules() if isinstance(module, nn.Linear)]
+        name, output_layer = linears[-1]
+        if ".".join(filter(None, (path, name, "weight"))) in drawn:
+            for parameter in output_layer.parameters():
+                nn.init.zeros_(parameter)
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Hide transformers' table of weights that do not fit: a new head is expected, anything else is raised."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def build_model(model_args: ModelArguments, method_args: MethodArguments, id2label: Mapping[int, str]) -> Classifier:
+    """Return the backbone made ready for `method_args.method`: only what the method trains has `requires_grad`.
+
+    Prompt methods and LoRA give a `PeftModel`; the others the transformers model itself with a `baseline_spec`.
+
+    Raises:
+        ValueError: a field does not fit the model; the message names it.
+        OSError: the model cannot be found.
+    """
+    model = load_backbone(model_args, id2label)
+    if METHODS[method_args.method].configure is not None:
+        adapted: Any = apply_method(model, method_args.method, method_options(method_args))
+        # The package's own backbones lie at another path on every machine
+        config = adapted.peft_config["default"]
+        config.base_model_name_or_path, config.revision = model_args.model_name_or_path, model_args.model_revision
+        return adapted
+    spec = BaselineSpec(
+        method_args.method,
+        model_args.model_name_or_path,
+        model_args.model_revision,
+        method_args.partial_blocks,
+        method_args.mlp_layers,
+        method_args.adapter_reduction,
+    )
+    return build_baseline(model, spec)
+
+
+def build_baseline(model: PreTrainedModel, spec: BaselineSpec) -> PreTrainedModel:
+    """Change `model` in place into the baseline that `spec` describes and return it."""
+    options = MethodOptions(
+        partial_blocks=spec.partial_blocks, mlp_layers=spec.mlp_layers, adapter_reduction=spec.adapter_reduction
+    )
+    apply_method(model, spec.method, options)
+    setattr(model, SPEC_ATTRIBUTE, spec)
+    return model
+
+
+def method_options(method_args: MethodArguments) -> MethodOptions:
+    """The options of the arguments; prompt fields that were not given keep the configuration's defaults."""
+    names = [name for name in (*PROMPT_FIELDS, *GATE_FIELDS) if name != "init_method"]
+    return MethodOptions(
+        num_virtual_tokens=method_args.num_virtual_tokens,
+        lora_r=method_args.lora_r,
+        fields={name: getattr(method_args, name) for name in names if getattr(method_args, name) is not None},
+    )
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of parameters: trained in prompts, head and the rest, and all the model has."""
+
+    prompts: int
+    head: int
+    rest: int
+    total: int
+
+    @property
+    def trainable(self) -> int:
+        return self.prompts + self.head + self.rest
+
+
+def check_trainable(model: Classifier, method: str) -> ParameterCounts:
+    """Count what trains, and make sure that with prompts (or LoRA) it is nothing but them and the head.
+
+    Raises:
+        RuntimeError: something else would train, the head would not, or a prompt method has no prompts.
+    """
+    groups = split_trainable(model)
+    prompts, head, rest = (sum(p.numel() for p in groups[name].values()) for name in ("prompts", "head", "rest"))
+    if not head:
+        raise RuntimeError(f"method={method!r}: the task head would not train.")
+    if METHODS[method].configure is not None:
+        if groups["rest"]:
+            raise RuntimeError(f"method={method!r} would also train {', '.join(list(groups['rest'])[:5])}.")
+        if not prompts:
+            raise RuntimeError(f"method={method!r} has no parameters of its own to train.")
+    return ParameterCounts(prompts, head, rest, sum(p.numel() for p in model.parameters()))
