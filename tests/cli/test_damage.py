@@ -25,7 +25,7 @@ def last_line(capsys):
     [
         ("vpt", "adapter_model.safetensors"),
         ("vpt", "adapter_config.json"),
-        ("vpt", "config.json"),
+        ("lora", "config.json"),
         ("vpt", "preprocessor_config.json"),
         ("vpt", "training_config.json"),
         ("linear", "vpt_peft_baseline.safetensors"),
@@ -43,15 +43,15 @@ def test_damaged_files_are_named(adapter, capsys, method, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("method", "name", "message"),
     [
-        ("adapter_model.safetensors", "no adapter_model.safetensors beside it"),
-        ("config.json", "with 5 labels: size mismatch"),
-        ("adapter_config.json", "holds no adapter_config.json"),
+        ("vpt", "adapter_model.safetensors", "no adapter_model.safetensors beside it"),
+        ("lora", "config.json", "with 5 labels: size mismatch"),
+        ("vpt", "adapter_config.json", "holds no adapter_config.json"),
     ],
 )
-def test_missing_files_are_named(adapter, capsys, name, message):
-    out = adapter("vpt")
+def test_missing_files_are_named(adapter, capsys, method, name, message):
+    out = adapter(method)
     (out / name).unlink()
     assert main(["evaluate", str(out)]) == 2
     assert message in last_line(capsys)

@@ -55,6 +55,22 @@ def test_a_given_rate_is_for_all_groups_but_a_groups_own_is_for_it(parse, flag, 
     assert (training.learning_rate, method.prompt_learning_rate, method.head_learning_rate) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("metric", "name", "greater"),
+    [("macro_f1", "macro_f1", True), ("eval_loss", "loss", False), ("loss", "loss", False)],
+)
+def test_the_metric_that_chooses_the_best_weights(parse, metric, name, greater):
+    training = parse("--metric_for_best_model", metric).training
+    assert (training.metric_for_best_model, training.greater_is_better) == (name, greater)
+    assert training.batch_eval_metrics
+
+
+def test_the_task_is_part_of_the_record(parse):
+    assert parse("--task", "image-classification").record()["task"] == "image-classification"
+    with pytest.raises(ValueError, match="--task: invalid choice: 'depth'"):
+        parse("--task", "depth")
+
+
 @pytest.mark.parametrize("suffix", ["json", "yaml", "yml"])
 def test_file_with_flags_on_top(tmp_path, suffix):
     path = tmp_path / f"run.{suffix}"

@@ -22,8 +22,8 @@ def content(folder):
 
 
 @pytest.mark.parametrize("given", [{}, {"overwrite_output_dir": True}, {"resume_from_checkpoint": "last"}])
-def test_a_second_run_leaves_the_first_alone(run, make_arguments, given):
-    _, out = run(method="linear")
+def test_a_second_run_leaves_the_first_alone(run, copied, make_arguments, given):
+    _, out = copied(method="linear")
     if not given:
         for path in (out / "all_results.json", out / "vpt_peft_baseline.json", *out.glob("checkpoint-*/*")):
             path.unlink()
@@ -49,9 +49,9 @@ def test_the_lock_of_a_killed_run_does_not_hold(run, tmp_path):
 
 
 @pytest.mark.parametrize("given", [{"dataset_name": "no/such-data"}, {"model_name_or_path": "no/such-model"}])
-def test_an_overwrite_that_cannot_begin_removes_nothing(run, monkeypatch, given):
+def test_an_overwrite_that_cannot_begin_removes_nothing(run, copied, monkeypatch, given):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    _, out = run(method="linear")
+    _, out = copied(method="linear")
     before = content(out)
     with pytest.raises(OSError, match="no/such"):
         run(method="linear", overwrite_output_dir=True, **given)

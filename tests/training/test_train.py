@@ -14,7 +14,6 @@ from transformers import TrainerCallback
 
 import vpt_peft.training.train as program
 from vpt_peft.data.arguments import DataArguments
-from vpt_peft.files import written_beside
 from vpt_peft.training.arguments import from_record, parse_args
 from vpt_peft.training.evaluation import evaluate_model
 from vpt_peft.training.inference import load_adapter_model, read_record
@@ -37,22 +36,23 @@ def same(first, second):
 
 
 @pytest.mark.parametrize("method", ["vpt", "linear", "full"])
-def test_run_writes_all_that_is_needed(run, method):
-    metrics, out = run(method=method)
+def test_run_writes_all_that_is_needed(finished, method):
+    metrics, out = finished(method=method)
     expected = {
         "vpt": {"adapter_config.json", "adapter_model.safetensors"},
-        "linear": {"vpt_peft_baseline.json", "vpt_peft_baseline.safetensors"},
-        "full": {"vpt_peft_baseline.json", "model.safetensors"},
+        "linear": {"config.json", "vpt_peft_baseline.json", "vpt_peft_baseline.safetensors"},
+        "full": {"config.json", "vpt_peft_baseline.json", "model.safetensors"},
     }[method]
     results = {f"{name}_results.json" for name in ("train", "eval", "test", "all")}
-    expected |= results | {"config.json", "preprocessor_config.json", "README.md", "training_config.json"}
+    expected |= results | {"preprocessor_config.json", "README.md", "training_config.json", "trainer_state.json"}
     files = {path.name for path in out.iterdir() if path.is_file()}
-    assert files == expected | {"trainer_state.json"}
+    assert files == expected
     everything = json.loads((out / "all_results.json").read_text())
     assert 0 <= everything["eval_accuracy"] <= 1 and everything["test_samples"] == 50
     assert everything["eval_accuracy"] == metrics["eval_accuracy"]
     assert json.loads((out / "eval_results.json").read_text())["eval_accuracy"] == metrics["eval_accuracy"]
-    assert json.loads((out / "config.json").read_text())["id2label"] == {str(i): str(i) for i in range(10)}
+    labels = json.loads((out / ("adapter_config.json" if method == "vpt" else "config.json")).read_text())["id2label"]
+    assert labels == {str(i): str(i) for i in range(10)}
     model, _ = load_adapter_model(out)
     assert model.config.num_labels == 10
 
@@ -70,8 +70,8 @@ def test_learns_and_keeps_the_best_epoch(run):
 
 
 @pytest.mark.parametrize("method", ["full", "vpt", "mlp"])
-def test_what_is_saved_gives_the_metrics_that_are_reported(run, method):
-    metrics, out = run(method=method, num_train_epochs=2)
+def test_what_is_saved_gives_the_metrics_that_are_reported(finished, method):
+    metrics, out = finished(method=method)
     model, processor = load_adapter_model(out)
     data = from_record(DataArguments, read_record(out))
     for split, name in (("validation", "eval"), ("test", "test")):
@@ -80,8 +80,8 @@ def test_what_is_saved_gives_the_metrics_that_are_reported(run, method):
         assert again["loss"] == pytest.approx(metrics[f"{name}_loss"], rel=1e-5)
 
 
-def test_seed_decides(run):
-    _, out = run(method="vpt")
+def test_seed_decides(run, finished):
+    _, out = finished(method="vpt")
     first = weights(out)
     for seed, equal in ((42, True), (43, False)):
         _, out = run(method="vpt", seed=seed, overwrite_output_dir=True)
@@ -193,8 +193,8 @@ def test_foreign_folder_is_left_alone(run, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
-def test_earlier_results_need_a_flag(run):
-    _, out = run(method="linear")
+def test_earlier_results_need_a_flag(run, copied):
+    _, out = copied(method="linear")
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     with pytest.raises(FileExistsError, match="--overwrite_output_dir"):
         run(method="linear")
@@ -217,8 +217,8 @@ def test_output_dir_that_is_a_file(make_arguments, tmp_path):
         prepare_output_dir(make_arguments().training)
 
 
-def test_full_disk_leaves_the_old_adapter_whole(run, monkeypatch):
-    _, out = run(method="linear")
+def test_full_disk_leaves_the_old_adapter_whole(run, copied, monkeypatch):
+    _, out = copied(method="linear")
     before, card = weights(out), (out / "README.md").read_bytes()
 
     def no_space(*args, **kwargs):
@@ -230,17 +230,6 @@ def test_full_disk_leaves_the_old_adapter_whole(run, monkeypatch):
         run(method="linear", seed=9, overwrite_output_dir=True)
     assert same(weights(out), before) and (out / "README.md").read_bytes() == card
     assert not list(out.glob(".saving-*"))
-
-
-def test_written_beside_is_all_or_nothing(tmp_path):
-    (tmp_path / "a.json").write_text("old")
-    with pytest.raises(RuntimeError), written_beside(tmp_path) as folder:
-        (folder / "a.json").write_text("new")
-        raise RuntimeError
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.json", "old")]
-    with written_beside(tmp_path) as folder:
-        (folder / "a.json").write_text("new")
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.json", "new")]
 
 
 @pytest.mark.parametrize("given", [{"dataset_name": "no/such-data-set"}, {"model_name_or_path": "no/such-model"}])

@@ -31,7 +31,7 @@ from .check import check_heads, check_key_values, check_quantized, check_skip_un
 from .config import VPTConfig
 from .layer import PromptTunerLayer
 from .layout import check_config, make_layout
-from .loading import check_fit, take_out
+from .loading import check_fit, take_out, take_saved_biases
 from .mixed import check_mixed_batch
 from .modes import set_frozen_eval, set_frozen_eval_outside
 from .parameters import PromptAdapter, VPTParameters, find_parameters
@@ -192,8 +192,8 @@ class VPTModel(BaseTuner):
         on the model already, by an earlier call, is replaced.
         """
         self._check_name(adapter_name)
-        config, parameters = self.peft_config[adapter_name], find_parameters(self.model)
-        names = config.modules_to_save
+        config: Any = self.peft_config[adapter_name]
+        parameters, names = find_parameters(self.model), config.modules_to_save
         before = None if parameters is None else parameters.take(adapter_name)
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
@@ -249,6 +249,10 @@ class VPTModel(BaseTuner):
         if names is None or parameters is None:
             yield
             return
+        if parameters.spec.packed:
+            raise ValueError(
+                "adapter_names: this encoder takes all images as one sequence; run each adapter's images apart."
+            )
         with mixed_batch(
             check_mixed_batch(names, parameters.configs, list(self.peft_config), self.training, args, kwargs)
         ):
@@ -278,10 +282,9 @@ class VPTModel(BaseTuner):
                 )
             if safe_merge and not all(p.isfinite().all() for p in parameters.parameters_of(name).values()):
                 raise ValueError(f"adapter {name!r} holds values that are not finite.")
-        for name in names if parameters is not None else ():
-            adapter = parameters.adapter(name)
-            for layer in parameters.layers:
-                layer.merge_prompts(adapter)
+        for layer in parameters.layers if parameters is not None else ():
+            for name in names:
+                layer.merge_prompts(layer.owner.adapter(name))
 
     def unmerge_adapter(self) -> None:
         """Go back from constant keys and values to prompts."""
@@ -362,6 +365,7 @@ class VPTModel(BaseTuner):
             else:
                 remapped[key] = value
         try:
+            found |= take_saved_biases(parameters, cls.prefix, adapter_name, remapped, root)
             check_fit(parameters, adapter_name, found)
         except ValueError:
             take_out(model, parameters, adapter_name)
