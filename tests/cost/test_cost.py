@@ -174,7 +174,14 @@ def test_checkpointing_and_lower_precision() -> None:
 
     plain, again = estimate(), estimate(gradient_checkpointing=True)
     half, mixed = estimate(dtype="bfloat16"), estimate(autocast=torch.bfloat16)
-    shorter = estimate(method=replace(config, skip_unread=True))
+    shorter, by_name = (
+        estimate(method=replace(config, skip_unread=True)),
+        estimate(method="vpt", num_virtual_tokens=6, skip_unread=True),
+    )
+    assert shorter.step_bytes == by_name.step_bytes
+    real = get_peft_model(model, replace(config, skip_unread=True))
+    assert shorter.step_bytes == pytest.approx(measured_peak(real, pixels), rel=0.05)
+    model = real.unload()
     real = get_peft_model(copy.deepcopy(model).to(torch.bfloat16), copy.deepcopy(config))
     assert half.step_bytes == pytest.approx(measured_peak(real, pixels.bfloat16()), rel=0.05)
     assert half.dtype == "bfloat16" and half.weight_bytes < 0.52 * plain.weight_bytes
@@ -269,6 +276,11 @@ def test_windows_and_vision_towers() -> None:
 def test_bad_input(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         estimate_cost(vit(torch.float32), **{"memory_limit": LIMIT, **given})
+
+
+def test_a_last_block_that_is_read_in_full_is_refused() -> None:
+    with pytest.raises(ValueError, match="skip_unread=True does not fit ViTModel: it has no head"):
+        estimate_cost(vit(torch.float32).vit, "vpt", memory_limit=LIMIT, skip_unread=True)
 
 
 def test_a_limit_below_the_weights_fits_nothing() -> None:

@@ -25,7 +25,8 @@ from ..embedded import EMBEDDED_FOLDERS, embedded_path
 from ..encoder import EncoderSpec, find_encoder, submodule
 from ..encoder.inputs import IMAGE_INPUTS, sample_inputs
 from ..encoder.quantized import has_packed_weights
-from ..methods import METHODS, MethodOptions
+from ..methods import METHODS, PROMPT_METHODS, MethodOptions
+from ..tuners.vpt.check import check_skip_unread
 from ..tuners.vpt.parameters import find_parameters
 from .meta_model import apply_to_meta_model, safetensors_bytes, saved_tensors
 from .simulation import StepCost, blank_copy, simulate_step
@@ -176,6 +177,9 @@ def estimate_costs(
         with torch.random.fork_rng(devices=[]):
             if method is not None and backbone not in specs:
                 specs[backbone] = find_encoder(model, backbone)
+            if getattr(method, "skip_unread", method in PROMPT_METHODS and fields.get("skip_unread")):
+                spec = specs[backbone]
+                check_skip_unread(_base(model), submodule(model, spec.path), spec)
             meta_model, path = blank_copy(model, "meta", weights), None
             if method is not None:
                 path = specs[backbone].path

@@ -42,12 +42,21 @@ def apply_to_meta_model(model: Any, spec: EncoderSpec, method: str | PeftConfig,
         return apply_method(model, method, options, spec)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if isinstance(config, VPTConfig):
-            # With the prompts' parameters in place the encoder is not traced again, which takes weights; PEFT takes
-            # them for an earlier adapter, beside which it freezes nothing
-            model.requires_grad_(False)
-            VPTParameters(spec, submodule(model, spec.path), model).attach()
-        return attach(model, config)
+        if not isinstance(config, VPTConfig):
+            return attach(model, config)
+        # With the prompts' parameters in place the encoder is not traced again, which takes weights; PEFT takes them for
+        # an earlier adapter, beside which it freezes nothing
+        model.requires_grad_(False)
+        parameters = VPTParameters(spec, submodule(model, spec.path), model)
+        parameters.attach()
+        # Attaching tries this field out, which takes weights too
+        skip_unread, config.skip_unread = config.skip_unread, False
+        adapted = attach(model, config)
+        if skip_unread:
+            config.skip_unread = True
+            last = parameters.layers[-1]
+            last.add("default", last.layouts["default"], config)
+        return adapted
 
 
 def saved_tensors(model: Any) -> Mapping[str, torch.Tensor]:
