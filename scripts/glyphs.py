@@ -1,7 +1,7 @@
 """Glyph images for pre-training, drawn from the fonts that matplotlib ships.
 
 `build_bank` draws every usable character of every usable font once, at one size. `GlyphSampler` then makes batches
-from that bank: stroke thickness, slant, elastic bends, low resolution, contrast and noise are drawn anew each time,
+from that bank: stroke thickness, slant, elastic bends, low resolution, contrast and noise are drawn afresh each time,
 for the whole batch at once. No character that stands for a number is ever drawn into the bank, nor one that can
 hardly be told from a digit.
 """

@@ -13,27 +13,31 @@ from pathlib import Path
 
 import torch
 from glyphs import GlyphSampler, build_bank
-from recipe import Clock, cosine_schedule, encoder_config, parameter_groups, save_backbone, sincos_positions
-from transformers import HfArgumentParser, ViTMAEConfig, ViTMAEForPreTraining, set_seed
+from recipe import (
+    RecipeArguments,
+    begin,
+    cosine_schedule,
+    encoder_config,
+    parameter_groups,
+    save_backbone,
+    sincos_positions,
+    update,
+)
+from transformers import HfArgumentParser, ViTMAEConfig, ViTMAEForPreTraining
 
 
 logger = logging.getLogger("pretrain_mae")
 
 
 @dataclass
-class Arguments:
-    """What the recipe can be asked for; the defaults made the shipped weights."""
+class Arguments(RecipeArguments):
+    """The flags of this recipe."""
 
-    output_dir: str = field(metadata={"help": "Folder for config.json, model.safetensors, preprocessor_config.json."})
     steps: int = field(default=2200, metadata={"help": "Optimizer steps."})
-    batch_size: int = field(default=256, metadata={"help": "Glyph images a step, drawn anew each time."})
+    batch_size: int = field(default=256, metadata={"help": "Glyph images a step, drawn afresh each time."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak rate of AdamW, after the warm-up."})
-    weight_decay: float = field(default=0.05, metadata={"help": "AdamW's, on matrices only."})
     warmup_steps: int = field(default=200, metadata={"help": "Steps of linear warm-up before the cosine."})
     mask_ratio: float = field(default=0.7, metadata={"help": "Share of the 64 patches that the encoder never sees."})
-    held_out_font: str = field(default="DejaVuSerif-BoldItalic.ttf", metadata={"help": "Never trained on; scored."})
-    seed: int = field(default=0, metadata={"help": "Of the weights, the masks and the glyph stream."})
-    max_classes: int | None = field(default=None, metadata={"help": "Only so many glyph classes, for a quick try."})
 
 
 @torch.no_grad()
@@ -51,12 +55,7 @@ def start_as_published(model: ViTMAEForPreTraining) -> None:
 def main() -> None:
     """Draw the bank, train encoder and decoder, score on the held-out font, save the encoder."""
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    # Numbers too small for the normal range slow a CPU down tenfold.
-    torch.set_flush_denormal(True)
-    clock = Clock()
-    set_seed(args.seed)
-
+    clock = begin(args.seed)
     seen, unseen = build_bank(max_classes=args.max_classes).split(args.held_out_font)
     logger.info("%d glyphs, %d held out", len(seen.images), len(unseen.images))
 
@@ -82,11 +81,7 @@ def main() -> None:
     for step, (pixels, _) in enumerate(islice(GlyphSampler(seen, args.batch_size, seed=args.seed), args.steps)):
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(pixel_values=pixels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        update(model, loss, optimizer, schedule)
         if step % 100 == 0 or step == args.steps - 1:
             logger.info("step %d loss %.4f, %s", step, loss.item(), clock)
         if step % 1000 == 999 or step == args.steps - 1:

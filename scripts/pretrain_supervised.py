@@ -14,29 +14,24 @@ from pathlib import Path
 
 import torch
 from glyphs import GlyphBank, GlyphSampler, build_bank
-from recipe import Clock, cosine_schedule, encoder_config, parameter_groups, save_backbone
-from transformers import HfArgumentParser, ViTForImageClassification, ViTModel, set_seed
+from recipe import RecipeArguments, begin, cosine_schedule, encoder_config, parameter_groups, save_backbone, update
+from transformers import HfArgumentParser, ViTForImageClassification, ViTModel
 
 
 logger = logging.getLogger("pretrain_supervised")
 
 
 @dataclass
-class Arguments:
-    """What the recipe can be asked for; the defaults made the shipped weights."""
+class Arguments(RecipeArguments):
+    """The flags of this recipe."""
 
-    output_dir: str = field(metadata={"help": "Folder for config.json, model.safetensors, preprocessor_config.json."})
-    start_from: str | None = field(default=None, metadata={"help": "Encoder folder; None: random weights."})
     steps: int = field(default=4500, metadata={"help": "Optimizer steps."})
-    batch_size: int = field(default=128, metadata={"help": "Glyph images a step, drawn anew each time."})
+    batch_size: int = field(default=128, metadata={"help": "Glyph images a step, drawn afresh each time."})
     learning_rate: float = field(default=1.5e-3, metadata={"help": "Peak rate of AdamW, after the warm-up."})
-    weight_decay: float = field(default=0.05, metadata={"help": "AdamW's, on matrices only."})
     warmup_steps: int = field(default=300, metadata={"help": "Steps of linear warm-up before the cosine."})
+    start_from: str | None = field(default=None, metadata={"help": "Encoder folder; None: random weights."})
     easy_steps: int = field(default=1000, metadata={"help": "Steps over which the images go from plain to distorted."})
     label_smoothing: float = field(default=0.1, metadata={"help": "Share of the target spread over all classes."})
-    held_out_font: str = field(default="DejaVuSerif-BoldItalic.ttf", metadata={"help": "Never trained on; scored."})
-    seed: int = field(default=0, metadata={"help": "Of the weights and of the glyph stream."})
-    max_classes: int | None = field(default=None, metadata={"help": "Only so many glyph classes, for a quick try."})
 
 
 @torch.no_grad()
@@ -51,12 +46,7 @@ def share_right(model: ViTForImageClassification, bank: GlyphBank, batches: int 
 def main() -> None:
     """Draw the bank, train, score on the held-out font, save the bare encoder."""
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    # Denormal numbers slow a CPU down tenfold.
-    torch.set_flush_denormal(True)
-    clock = Clock()
-    set_seed(args.seed)
-
+    clock = begin(args.seed)
     seen, unseen = build_bank(max_classes=args.max_classes).split(args.held_out_font)
     logger.info("%d glyphs, %d classes, %d held out", len(seen.images), len(seen.classes), len(unseen.images))
 
@@ -79,11 +69,7 @@ def main() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(pixel_values=pixels).logits
         loss = loss_function(logits.float(), labels)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        update(model, loss, optimizer, schedule)
         if step % 100 == 0 or step == args.steps - 1:
             right = (logits.argmax(-1) == labels).float().mean().item()
             logger.info("step %d loss %.3f right %.3f, %s", step, loss.item(), right, clock)

@@ -1,12 +1,25 @@
-"""What both pre-training recipes share: the encoder's size, the optimizer's groups and schedule, and saving."""
+"""What both pre-training recipes share: flags, the encoder's size, the optimizer's groups and schedule, and saving."""
 
+import logging
 import math
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import ViTConfig, ViTImageProcessor, ViTModel
+from transformers import ViTConfig, ViTImageProcessor, ViTModel, set_seed
+
+
+@dataclass
+class RecipeArguments:
+    """The flags that recipes share; their defaults made the shipped weights."""
+
+    output_dir: str = field(metadata={"help": "Folder for config.json, model.safetensors, preprocessor_config.json."})
+    weight_decay: float = field(default=0.05, metadata={"help": "AdamW's, on matrices only."})
+    held_out_font: str = field(default="DejaVuSerif-BoldItalic.ttf", metadata={"help": "Never trained on; scored."})
+    seed: int = field(default=0, metadata={"help": "Of the weights, the masks and the glyph stream."})
+    max_classes: int | None = field(default=None, metadata={"help": "At most this many classes, for a quick try."})
 
 
 def encoder_config(**fields: Any) -> ViTConfig:
@@ -44,6 +57,29 @@ class Clock:
     def __str__(self) -> str:
         wall, cores = time.perf_counter() - self.wall, time.process_time() - self.cores
         return f"{wall:.0f} s ({cores:.0f} core seconds)"
+
+
+def begin(seed: int) -> Clock:
+    """Set up logging, numerics and seed; return a running clock."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    # Denormal numbers slow a CPU down tenfold
+    torch.set_flush_denormal(True)
+    set_seed(seed)
+    return Clock()
+
+
+def update(
+    model: torch.nn.Module,
+    loss: torch.Tensor,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+) -> None:
+    """One step of the optimizer down the clipped gradient of `loss`."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -167,21 +167,29 @@ def test_memory_against_what_autograd_saves(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 def test_checkpointing_and_lower_precision() -> None:
     model, pixels = small_vit(), torch.randn(4, 3, 64, 64)
-    plain = estimate_cost(model, CONFIGS["deep"](), batch_size=4, memory_limit=LIMIT)
-    again = estimate_cost(model, CONFIGS["deep"](), batch_size=4, memory_limit=LIMIT, gradient_checkpointing=True)
-    in_full = replace(CONFIGS["deep"](), skip_unread=False)
-    whole = estimate_cost(model, in_full, batch_size=4, memory_limit=LIMIT)
-    half = estimate_cost(model, CONFIGS["deep"](), batch_size=4, memory_limit=LIMIT, dtype="bfloat16")
-    mixed = estimate_cost(model, CONFIGS["deep"](), batch_size=4, memory_limit=LIMIT, autocast=torch.bfloat16)
-    real = get_peft_model(copy.deepcopy(model).to(torch.bfloat16), CONFIGS["deep"]())
+    config = replace(CONFIGS["deep"](), skip_unread=False)
+
+    def estimate(**given: Any) -> CostEstimate:
+        return estimate_cost(model, **{"method": config, "batch_size": 4, "memory_limit": LIMIT, **given})
+
+    plain, again = estimate(), estimate(gradient_checkpointing=True)
+    half, mixed = estimate(dtype="bfloat16"), estimate(autocast=torch.bfloat16)
+    shorter, by_name = (
+        estimate(method=replace(config, skip_unread=True)),
+        estimate(method="vpt", num_virtual_tokens=6, skip_unread=True),
+    )
+    assert shorter.step_bytes == by_name.step_bytes
+    real = get_peft_model(model, replace(config, skip_unread=True))
+    assert shorter.step_bytes == pytest.approx(measured_peak(real, pixels), rel=0.05)
+    model = real.unload()
+    real = get_peft_model(copy.deepcopy(model).to(torch.bfloat16), copy.deepcopy(config))
     assert half.step_bytes == pytest.approx(measured_peak(real, pixels.bfloat16()), rel=0.05)
     assert half.dtype == "bfloat16" and half.weight_bytes < 0.52 * plain.weight_bytes
     assert half.step_bytes < mixed.step_bytes < plain.step_bytes and mixed.weight_bytes == plain.weight_bytes
-    real = get_peft_model(model, CONFIGS["deep"]())
+    real = get_peft_model(model, copy.deepcopy(config))
     real.get_base_model().gradient_checkpointing_enable()
     assert again.step_bytes == pytest.approx(measured_peak(real, pixels), rel=0.15)
-    # Blocks that are computed again compute all their tokens
-    assert again.step_bytes < 0.6 * whole.step_bytes and plain.step_bytes < 0.8 * whole.step_bytes
+    assert again.step_bytes < 0.6 * plain.step_bytes and shorter.step_bytes < 0.8 * plain.step_bytes
     assert again.step_flops > 1.2 * plain.step_flops
 
 
@@ -268,6 +276,11 @@ def test_windows_and_vision_towers() -> None:
 def test_bad_input(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         estimate_cost(vit(torch.float32), **{"memory_limit": LIMIT, **given})
+
+
+def test_a_last_block_that_is_read_in_full_is_refused() -> None:
+    with pytest.raises(ValueError, match="skip_unread=True does not fit ViTModel: it has no head"):
+        estimate_cost(vit(torch.float32).vit, "vpt", memory_limit=LIMIT, skip_unread=True)
 
 
 def test_a_limit_below_the_weights_fits_nothing() -> None:

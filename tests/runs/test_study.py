@@ -1,6 +1,7 @@
 """Trials by Optuna: which are run, in which order they are kept, and what is repeated after a break."""
 
 import sys
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -143,3 +144,22 @@ def test_optuna_is_asked_for_by_name(grid, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ModuleNotFoundError, match=r"need Optuna: pip install 'vpt_peft\[sweep\]'"):
         study(grid(x=[1]), Runner())
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_all_processes_run_what_the_main_one_chose(grid, tmp_path, monkeypatch, is_main):
+    sent, received = [], [{"x": 5}, {"x": 2}, None]
+
+    def broadcast(box):
+        sent.append(box[0])
+        if not is_main:
+            box[0] = received.pop(0)
+
+    monkeypatch.setattr("vpt_peft.runs.study.PartialState", lambda: SimpleNamespace(is_main_process=is_main))
+    monkeypatch.setattr("vpt_peft.runs.study.broadcast_object_list", broadcast)
+    runner = Runner()
+    study(grid(x=[1, 2]), runner)
+    if is_main:
+        assert sent == [*runner.seen, None] and sorted(runner.values) == [1, 2]
+    else:
+        assert runner.values == [5, 2] and sent == [None] * 3 and not (tmp_path / JOURNAL).exists()

@@ -15,11 +15,13 @@ def run(argv: Sequence[str]) -> int:
 
     from ..runs.compare import compare
     from ..runs.grid import make_parser, parse_grid
-    from ..runs.table import tested_metrics, trials_table
+    from ..runs.table import trials_table
 
     parser = make_parser("vpt-peft compare", "Train methods or settings on the same data with the same seeds.")
-    trials, metric = compare(parse_grid(parser, argv))
+    grid = parse_grid(parser, argv)
+    trials, metric = compare(grid)
     if PartialState().is_main_process:
-        results = [metric, *tested_metrics(trials), "trainable_parameters", "train_runtime"]
-        sys.stdout.write(trials_table(trials, results))
+        tested = [f"test_{each.name}" for each in grid.task.metrics]
+        results = [metric, *tested, "trainable_parameters", "train_runtime"]
+        sys.stdout.write(trials_table(trials, results, grid.task))
     return 0 if any(trial.metrics for trial in trials) else 2

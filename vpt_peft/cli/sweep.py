@@ -17,7 +17,7 @@ def run(argv: Sequence[str]) -> int:
     from ..runs.grid import make_parser, parse_grid
     from ..runs.study import SAMPLERS
     from ..runs.sweep import sweep
-    from ..runs.table import tested_metrics, trials_table
+    from ..runs.table import trials_table
 
     parser = make_parser(
         "vpt-peft sweep",
@@ -34,8 +34,8 @@ def run(argv: Sequence[str]) -> int:
     grid = parse_grid(parser, argv)
     trials, best, score = sweep(grid, grid.own["sampler"], grid.own["num_settings"])
     if PartialState().is_main_process:
-        sys.stdout.write(trials_table(trials, list(dict.fromkeys([score, "eval_loss", "train_runtime"]))))
+        sys.stdout.write(trials_table(trials, [score, "eval_loss", "train_runtime"], grid.task))
         if best is not None:
-            test = trials_table([best], tested_metrics([best]))
+            test = trials_table([best], [f"test_{each.name}" for each in grid.task.metrics], grid.task)
             sys.stdout.write(f"\nBest: {describe(best.settings)}; saved in {', '.join(best.folders)}\n\n{test}")
     return 0 if best is not None else 2

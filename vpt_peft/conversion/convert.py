@@ -38,7 +38,7 @@ def convert_checkpoint(
     """Convert an official ViT checkpoint into a Hugging Face ViT folder.
 
     Reads MoCo-v3, MAE, DINO and timm checkpoints (`.pth`, `.pth.tar`, `.safetensors`) and the `.npz` files of
-    google-research/vision_transformer; no code stored in them runs. Every tensor is checked by name and by shape.
+    google-research/vision_transformer. No code stored in them runs, and every tensor is checked by name and shape.
     The folder holds `config.json`, `model.safetensors` and `preprocessor_config.json`, all of them or none. A linear head that reads the class token is kept as `classifier` (ViTForImageClassification, labels LABEL_0,
     LABEL_1, ...); otherwise the folder holds a ViTModel without pooler. The layer norm's epsilon is 1e-6, as in all
     five code bases, and the activation the exact GELU (JAX's own is its tanh approximation; timm and the Hub's copies
@@ -136,7 +136,7 @@ def _check_weights(weights: Mapping[str, Tensor], table: list[Weight], checkpoin
         report = "; ".join(f"{kind}: {_listed(names)}" for kind, names in faults.items() if names)
         raise ConversionError(
             f"checkpoint={str(checkpoint)!r} does not fit a plain ViT. {report}. Check that the download is complete "
-            "and that `source` is right; variants of ViT with other layers have no place in a Hugging Face ViT."
+            "and that `source` is right; a Hugging Face ViT cannot hold variants with other layers."
         )
 
 
@@ -183,7 +183,7 @@ def _build(
     model, info = model_class.from_pretrained(
         None, config=config, state_dict=state_dict, dtype=dtype, output_loading_info=True, **options
     )
-    # transformers maps the Hub's names to those of its own version; what it could not place must not pass silently.
+    # transformers maps the Hub's names to those of its own version; what it could not place must not be lost.
     if wrong := {kind: sorted(map(str, names)) for kind, names in info.items() if names}:
         raise ConversionError(f"This version of transformers did not take the Hub's ViT names: {wrong}.")
     return model

@@ -37,7 +37,7 @@ class Geometry:
 class Weight:
     """One tensor of the checkpoint: its name and shape there, the Hub names it goes to, and how it is laid out.
 
-    More than one target: the tensor is cut into equal parts along its first axis (a fused query, key and value).
+    More than one target: the tensor is split into equal parts along its first axis (a fused query, key and value).
     """
 
     source: str
@@ -231,7 +231,7 @@ def _shape(weights: Mapping[str, Tensor], name: str, rank: int) -> tuple[int, ..
 
 
 def _depth(weights: Mapping[str, Tensor], pattern: str) -> int:
-    # Counted, not the highest index plus one: an absurd index must not make an absurd model.
+    # Counted, as an absurd index must not make an absurd model.
     return len({match.group(1) for match in map(re.compile(pattern).match, weights) if match})
 
 
@@ -240,7 +240,7 @@ def _check_heads(hidden: int, num_heads: int | None, heads: Mapping[int, int]) -
         num_heads = heads.get(hidden) or (hidden // 64 if hidden % 64 == 0 else None)
     if num_heads is None:
         raise ConversionError(
-            f"num_heads is not in these weights, and {hidden} channels are no multiple of 64: pass num_heads."
+            f"num_heads is not in these weights, and {hidden} channels are not a multiple of 64: pass num_heads."
         )
     if num_heads < 1 or hidden % num_heads:
         raise ConversionError(f"num_heads={num_heads} does not divide the hidden size {hidden}.")

@@ -25,7 +25,8 @@ from ..embedded import EMBEDDED_FOLDERS, embedded_path
 from ..encoder import EncoderSpec, find_encoder, submodule
 from ..encoder.inputs import IMAGE_INPUTS, sample_inputs
 from ..encoder.quantized import has_packed_weights
-from ..methods import METHODS, MethodOptions
+from ..methods import METHODS, PROMPT_METHODS, MethodOptions
+from ..tuners.vpt.check import check_skip_unread
 from ..tuners.vpt.parameters import find_parameters
 from .meta_model import apply_to_meta_model, safetensors_bytes, saved_tensors
 from .simulation import StepCost, blank_copy, simulate_step
@@ -45,20 +46,20 @@ class CostEstimate:
     """The expected cost of training with one method; all sizes in bytes.
 
     Args:
-        method: Its name, or the PEFT type of the configuration.
-        batch_size: Images per step.
-        dtype: Of the weights.
-        trainable_values: Parameters that train, head included.
-        total_values: All parameters.
-        disk_bytes: Size of the saved weights file: the adapter with its head, for `full` the model.
-        forward_flops, step_flops: Floating-point operations in matrix products and convolutions of the forward pass
-            (which is inference), and of a training step; a multiply-add counts as two.
-        weight_bytes: All weights and buffers.
-        optimizer_bytes: The optimizer state.
-        image_bytes: The images of a step.
-        step_bytes: Most that a training step has in use beyond weights, optimizer state and images.
-        memory_limit: What training may use.
-        largest_batch_size: Images per step that fit the limit with `headroom`; 0 if not even one does.
+        method (`str`): its name, or the PEFT type of the configuration.
+        batch_size (`int`): images per step.
+        dtype (`str`): of the weights.
+        trainable_values (`int`): trainable parameters, head included.
+        total_values (`int`): all parameters.
+        disk_bytes (`int`): size of the saved weights: the adapter with its head, for `full` the model.
+        forward_flops, step_flops (`int`): floating-point operations in matrix products and convolutions of the forward
+            pass (which is inference), and of a training step; a multiply-add counts as two.
+        weight_bytes (`int`): all weights and buffers.
+        optimizer_bytes (`int`): the optimizer state.
+        image_bytes (`int`): the images of a step.
+        step_bytes (`int`): peak of a training step beyond weights, optimizer state and images.
+        memory_limit (`int`): what training may use.
+        largest_batch_size (`int`): images per step that fit the limit with `headroom`; 0 if not even one does.
     """
 
     method: str
@@ -85,11 +86,13 @@ class CostEstimate:
 def estimate_cost(
     model_or_config: nn.Module | PreTrainedConfig | str, method: str | PeftConfig | None = "vpt", **given: Any
 ) -> CostEstimate:
-    """What training with one method will cost. Takes the arguments of [`estimate_costs`].
+    """Estimate what training with one method costs.
 
     Args:
-        method: "vpt", "vpt_shallow", "gated_vpt", "lora", "linear", "partial", "mlp", "bias", "adapter", "sidetune",
-            "full", a PEFT configuration, or `None` for a model that is ready to train.
+        model_or_config: as for [`estimate_costs`].
+        method (`str` or `PeftConfig`, *optional*): a name of `vpt_peft.methods.METHODS`, a PEFT configuration, or
+            `None` for a model that is ready to train.
+        given: further arguments of [`estimate_costs`].
     """
     return estimate_costs(model_or_config, [method], **given)[0]
 
@@ -113,7 +116,7 @@ def estimate_costs(
     adapter_reduction: int = 8,
     **fields: Any,
 ) -> list[CostEstimate]:
-    """What training will cost with each of several methods.
+    """Estimate what training costs with each of several methods.
 
     One training step of the model runs on tensors without data, at the given batch size, so all architectures,
     configurations and batch sizes are covered, and neither the model's memory nor its gradients change. Memory is what
@@ -122,24 +125,30 @@ def estimate_costs(
     times as much, unless the environment variable `MALLOC_MMAP_THRESHOLD_=262144` made it give back what is freed.
 
     Args:
-        model_or_config: A transformers model, its configuration, or a Hub id, folder or embedded backbone to read the
-            configuration from.
-        methods: Names or PEFT configurations; see [`estimate_cost`].
-        batch_size: Images per step.
-        dtype: Of the weights; by default the model's, float32 for configurations.
-        autocast: Compute in this dtype under `torch.autocast`, as `bf16=True` of the Trainer does.
-        gradient_checkpointing: Blocks are computed again in the backward pass.
-        optimizer: "adamw", "sgd" (with momentum) or "none".
-        memory_limit: Bytes that training may use; by default what the device has available.
-        headroom: Share of the limit that the largest batch leaves free; by default 0.1, on CPUs 0.45.
-        device: Whose kernels are assumed; by default the model's device, for configurations a GPU if there is one.
-        num_labels: Labels of the head, for configurations.
-        num_virtual_tokens, lora_r, partial_blocks, mlp_layers, adapter_reduction: As for `vpt-peft train`.
-        fields: Further fields of `VPTConfig` or `GatedVPTConfig`.
+        model_or_config (`PreTrainedModel`, `PreTrainedConfig` or `str`): a model, its configuration, or the Hub id,
+            folder or embedded backbone to read the configuration from.
+        methods (`Sequence[str | PeftConfig | None]`): see [`estimate_cost`].
+        batch_size (`int`): images per step.
+        dtype (`torch.dtype` or `str`, *optional*): of the weights; by default the model's, float32 for configurations.
+        autocast (`torch.dtype` or `str`, *optional*): compute in this dtype under `torch.autocast`, as `bf16=True` of
+            the Trainer does.
+        gradient_checkpointing (`bool`): recompute blocks in the backward pass.
+        optimizer (`str`): "adamw", "sgd" (with momentum) or "none".
+        memory_limit (`int`, *optional*): bytes that training may use; by default what the device has available.
+        headroom (`float`, *optional*): share of the limit that the largest batch leaves free; by default 0.1, on CPUs
+            0.45.
+        device (`torch.device` or `str`, *optional*): whose kernels are assumed; by default the model's device, for
+            configurations a GPU if there is one.
+        num_labels (`int`, *optional*): labels of the head, for configurations.
+        num_virtual_tokens, lora_r, partial_blocks, mlp_layers, adapter_reduction (`int`): as for `vpt-peft train`.
+        fields: further fields of `VPTConfig` or `GatedVPTConfig`.
+
+    Returns:
+        One [`CostEstimate`] per method, in the same order.
 
     Raises:
-        ValueError: A value is out of range, a method is unknown or does not fit the model, or weights are quantised.
-        OSError: There is no such configuration.
+        ValueError: a value is out of range, a method is unknown or does not fit the model, or weights are quantised.
+        OSError: there is no such configuration.
     """
     options = MethodOptions(num_virtual_tokens, lora_r, partial_blocks, mlp_layers, adapter_reduction, fields)
     weights, compute = _as_dtype("dtype", dtype), _as_dtype("autocast", autocast)
@@ -155,7 +164,7 @@ def estimate_costs(
             "weights. `step_bytes` is about the same for both; `weight_bytes` is that of the float model."
         )
     target = _device(model if given else None, device)
-    # What the model takes already is no longer available, but is part of what training takes
+    # The model's own memory is no longer available, but is part of what training takes
     is_there = given and next(model.parameters()).device.type == target.type
     limit = memory_limit if memory_limit is not None else _available(target) + is_there * _bytes(model)
     if headroom is None:
@@ -167,8 +176,10 @@ def estimate_costs(
         # Modules that methods add draw random values before they are emptied
         with torch.random.fork_rng(devices=[]):
             if method is not None and backbone not in specs:
-                found = find_encoder(model, backbone)
-                specs[backbone] = found
+                specs[backbone] = find_encoder(model, backbone)
+            if getattr(method, "skip_unread", method in PROMPT_METHODS and fields.get("skip_unread")):
+                spec = specs[backbone]
+                check_skip_unread(_base(model), submodule(model, spec.path), spec)
             meta_model, path = blank_copy(model, "meta", weights), None
             if method is not None:
                 path = specs[backbone].path
@@ -282,7 +293,7 @@ def _checkpoint(model: Any) -> None:
 def _simulator(
     meta_model: nn.Module, device: torch.device, autocast: torch.dtype | None, path: str | None
 ) -> Callable[[int], StepCost]:
-    """A function that simulates a step of so many images.
+    """Return a function that simulates a step of a number of images.
 
     The whole model runs if images are its main input; otherwise its vision encoder does.
     """
@@ -290,9 +301,9 @@ def _simulator(
     with mode:
         model = blank_copy(meta_model, device)
     base = _base(model)
-    store = find_parameters(model)
-    if store is not None:
-        encoder: Any = store.encoder
+    parameters = find_parameters(model)
+    if parameters is not None:
+        encoder: Any = parameters.encoder
     else:
         encoder = base if path is None else submodule(base, path)
     runs = model if getattr(base, "main_input_name", None) in IMAGE_INPUTS else encoder
@@ -355,12 +366,13 @@ def _estimate(
 
 
 def largest_batch(peak: Callable[[int], int], room: int, known: tuple[int, int]) -> int:
-    """The most images whose step fits into `room` bytes, from one or two further simulations.
+    """Return the most images whose step fits into `room` bytes, from one or two further simulations.
 
     Args:
-        peak: Bytes a step of so many images adds. It grows along a straight line, but for small numbers, where what
-            does not depend on images (the gradients of all weights) can be the most.
-        known: A number of images with its bytes.
+        peak (`Callable[[int], int]`): bytes that a step of a number of images adds. They grow linearly, except for few
+            images, where what does not depend on them (the gradients of all weights) can dominate.
+        room (`int`): bytes.
+        known (`tuple[int, int]`): a number of images with its bytes.
     """
     size, used = known
     guess = min(max(size * max(room, 0) // used, 1), MAX_BATCH_SIZE)

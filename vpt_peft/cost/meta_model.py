@@ -42,13 +42,21 @@ def apply_to_meta_model(model: Any, spec: EncoderSpec, method: str | PeftConfig,
         return apply_method(model, method, options, spec)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if isinstance(config, VPTConfig):
-            # With the store in place the encoder is not traced again, which takes weights; PEFT takes it for an earlier
-            # adapter, beside which it freezes nothing
-            model.requires_grad_(False)
-            VPTParameters(spec, submodule(model, spec.path), model).attach()
+        if not isinstance(config, VPTConfig):
+            return attach(model, config)
+        # With the prompts' parameters in place the encoder is not traced again, which takes weights; PEFT takes them for
+        # an earlier adapter, beside which it freezes nothing
+        model.requires_grad_(False)
+        parameters = VPTParameters(spec, submodule(model, spec.path), model)
+        parameters.attach()
+        # Attaching tries this field out, which takes weights too
+        skip_unread, config.skip_unread = config.skip_unread, False
         adapted = attach(model, config)
-    return adapted
+        if skip_unread:
+            config.skip_unread = True
+            last = parameters.layers[-1]
+            last.add("default", last.layouts["default"], config)
+        return adapted
 
 
 def saved_tensors(model: Any) -> Mapping[str, torch.Tensor]:
@@ -68,7 +76,7 @@ def saved_tensors(model: Any) -> Mapping[str, torch.Tensor]:
 
 
 def safetensors_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
-    """Size of the `.safetensors` file that would hold `tensors`: 8 bytes, a JSON header padded to 8, the values."""
+    """Return the size of a `.safetensors` file with `tensors`: 8 bytes, a JSON header padded to 8, the values."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):

@@ -38,10 +38,10 @@ class StepCost:
     """What one training step takes, without the optimizer's update.
 
     Args:
-        forward_flops, step_flops: Floating-point operations of the matrix products of the forward pass, and of forward
-            and backward pass; a multiply-add counts as two.
-        peak_bytes: Most memory in use at one time beyond weights and inputs: activations, gradients, temporaries.
-        input_bytes: The images.
+        forward_flops, step_flops (`int`): floating-point operations of the matrix products of the forward pass, and of
+            forward and backward pass; a multiply-add counts as two.
+        peak_bytes (`int`): peak memory beyond weights and inputs: activations, gradients, temporaries.
+        input_bytes (`int`): the images.
     """
 
     forward_flops: int
@@ -56,7 +56,7 @@ class StepTracker(TorchDispatchMode):
     torch's own `FlopCounterMode` counts the same FLOPs, but its module hooks keep activations alive.
 
     Args:
-        existing: Tensors whose storages are there already and do not count.
+        existing (`Iterable[torch.Tensor]`): tensors whose storages do not count.
     """
 
     def __init__(self, existing: Iterable[torch.Tensor]) -> None:
@@ -97,8 +97,9 @@ def blank_copy(
     On the meta device, or under a `FakeTensorMode`, it takes no memory.
 
     Args:
-        device: Where the copy is; by default the model's.
-        dtype: Of floating-point parameters and buffers; by default they keep theirs.
+        model (`nn.Module`): stays as it is.
+        device (`torch.device` or `str`, *optional*): where the copy is; by default the model's.
+        dtype (`torch.dtype`, *optional*): of floating-point parameters and buffers; by default they keep theirs.
     """
 
     def empty(tensor: torch.Tensor) -> torch.Tensor:
@@ -116,11 +117,13 @@ def blank_copy(
 def simulate_step(
     model: nn.Module, inputs: Mapping[str, Any], mode: FakeTensorMode, autocast: torch.dtype | None = None
 ) -> StepCost:
-    """Run forward and backward pass of a model made by [`blank_copy`] under `mode`; gradients are dropped again.
+    """Run forward and backward pass of a model made by [`blank_copy`] under `mode`; its gradients are dropped.
 
     Args:
-        inputs: Keyword arguments of the model, made under `mode`.
-        autocast: Compute in this dtype under `torch.autocast`.
+        model (`nn.Module`): the copy.
+        inputs (`Mapping[str, Any]`): keyword arguments of the model, made under `mode`.
+        mode (`FakeTensorMode`): gives tensors without data.
+        autocast (`torch.dtype`, *optional*): compute in this dtype under `torch.autocast`.
     """
     tensors = [*model.parameters(), *model.buffers()]
     device = tensors[0].device.type
@@ -138,7 +141,7 @@ def simulate_step(
 
 
 def _scalar(output: Any) -> torch.Tensor:
-    """A loss: the output's own, or the mean of its first tensor that has a gradient."""
+    """Return a loss: the output's own, or the mean of its first tensor that has a gradient."""
     if isinstance(output, Mapping) and isinstance(output.get("loss"), torch.Tensor):
         return output["loss"]
     leaves: Iterator[torch.Tensor] = (

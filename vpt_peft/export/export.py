@@ -181,9 +181,9 @@ def _base_model(model: Any) -> PreTrainedModel:
 
 def _active_adapter(model: nn.Module) -> str:
     """The one prompt adapter that is active."""
-    store = find_parameters(model)
-    known = [] if store is None else list(store.configs)
-    active = [] if store is None else [name for name in store.active_names() if name in store.configs]
+    parameters = find_parameters(model)
+    known = [] if parameters is None else list(parameters.configs)
+    active = [] if parameters is None else [name for name in parameters.active_names() if name in parameters.configs]
     if len(active) > 1:
         raise ValueError(
             f"active adapters {active}: a file holds one; choose it with model.set_adapter({active[0]!r}) and export each."

@@ -36,8 +36,8 @@ def make_metadata(
         images: A batch that the file takes, `(batch, ..., height, width)`.
         has_labels: The model gives logits.
     """
-    store = find_parameters(model)
-    config = {} if store is None else store.configs[adapter].to_dict()
+    parameters = find_parameters(model)
+    config = {} if parameters is None else parameters.configs[adapter].to_dict()
     base = config.get("base_model_name_or_path") or model.config._name_or_path
     values: dict[str, Any] = {
         "labels": {str(index): name for index, name in (model.config.id2label or {}).items() if has_labels},

@@ -44,7 +44,7 @@ class ExportedModel(nn.Module):
 def float_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A copy in float32 on the CPU, in eval mode, with attention as matrix products and other adapters merged."""
     copied = copy.deepcopy(model).cpu().eval().requires_grad_(False)
-    # One by one, as `Module.to` would cut complex buffers (rotary tables) down to their real part
+    # One by one, as `Module.to` would drop the imaginary part of complex buffers (rotary tables)
     for tensor in (*copied.parameters(), *copied.buffers()):
         if tensor.is_floating_point():
             tensor.data = tensor.data.float()
@@ -59,10 +59,11 @@ def float_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 def merge_prompts(model: nn.Module, adapter: str) -> None:
     """Make deep prompts constant keys and values, again where they were merged in another dtype."""
-    store = find_parameters(model)
-    for layer in store.layers if store is not None else ():
-        layer.unmerge_prompts()
-        layer.merge_prompts(store.adapter(adapter))
+    parameters = find_parameters(model)
+    if parameters is not None:
+        for layer in parameters.layers:
+            layer.unmerge_prompts()
+            layer.merge_prompts(parameters.adapter(adapter))
 
 
 def sample(
@@ -78,8 +79,8 @@ def sample(
     Raises:
         ValueError: The model does not run on images alone, or not on images of this size.
     """
-    store = find_parameters(model)
-    encoder = model if store is None else store.encoder
+    parameters = find_parameters(model)
+    encoder = model if parameters is None else parameters.encoder
     size = size or processor_size(image_processor)
     accepted, failure = signature(model.forward).parameters, None
     for inputs in sample_inputs(encoder):
@@ -112,7 +113,7 @@ def trace(model: ExportedModel, images: torch.Tensor) -> ExportedProgram:
     with warnings.catch_warnings():
         # Prompts on their way to the head are kept in an attribute, which the graph has no need of
         warnings.filterwarnings("ignore", "The tensor attribute .* was assigned during export")
-        # Two images, as one would be taken for a constant
+        # With one image the batch would be taken for a constant
         return torch.export.export(
             model, (random_images(images, 2),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
         )

@@ -12,10 +12,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from ..tasks import Task, get_task
+from ..tasks.base import DEFAULT_TASK
 from ..training.arguments import FlagParser, as_tokens, train_parser
 
 
-_SINGLE = ("output_dir", "token", "hub_token", "metric_for_best_model")
+_SINGLE = ("task", "output_dir", "token", "hub_token", "metric_for_best_model")
 _REFUSED = {
     "push_to_hub": "push the adapter you choose with `vpt-peft push`",
     "overwrite_output_dir": "delete the folder of a run to repeat it",
@@ -74,6 +76,11 @@ class Grid:
     def example(self) -> dict[str, Any]:
         """Return the settings of one trial: the first value of every axis."""
         return {name: axis.first if isinstance(axis, Range) else axis[0] for name, axis in self.axes.items()}
+
+    @property
+    def task(self) -> Task:
+        """The task of all runs."""
+        return get_task(self.common.get("task", DEFAULT_TASK))
 
     @property
     def output_dir(self) -> Path:

@@ -102,7 +102,7 @@ def _open_study(grid: Grid, metric: str, maximize: bool, sampler: str) -> Any:
     if sampler == "grid":
         study.sampler = optuna.samplers.GridSampler(grid.axes, seed=0)
     else:
-        # A sampler that is made anew must not draw the same again
+        # A new sampler with the same seed would draw the same settings again
         kind = optuna.samplers.RandomSampler if sampler == "random" else optuna.samplers.TPESampler
         study.sampler = kind(seed=len(study.trials))
     return study

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from ..reporting import Shown, markdown_table, metric_names, shown
+from ..reporting import SPLITS, Shown, markdown_table, shown
+from ..tasks import Task
 from .trials import Trial
 
 
-def trials_table(trials: Sequence[Trial], results: Sequence[str]) -> str:
+def trials_table(trials: Sequence[Trial], results: Sequence[str], task: Task) -> str:
     """Return trials as a markdown table: settings, number of runs, mean and deviation of results, what failed.
 
     Args:
         trials (`Sequence[Trial]`): the rows, in this order.
         results (`Sequence[str]`): names of results; those that no trial has are left out.
+        task (`Task`): says how its metrics are shown.
     """
-    columns = {}
-    for name in results:
-        values = [metrics[name] for trial in trials for metrics in trial.metrics if name in metrics]
-        if values:
-            columns[name] = shown(name, values)
+    columns = {name: column for name in results if (column := _column(name, trials, task)) is not None}
     failed = any(trial.errors for trial in trials)
     rows = [
         {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in trial.settings.items()}
@@ -32,12 +29,13 @@ def trials_table(trials: Sequence[Trial], results: Sequence[str]) -> str:
     return markdown_table(rows, left=[*trials[0].settings, "failed"])
 
 
-def tested_metrics(trials: Sequence[Trial]) -> list[str]:
-    """Return the names of the test metrics that the trials have."""
-    everything: dict[str, Any] = {
-        name: value for trial in trials for run in trial.metrics for name, value in run.items()
-    }
-    return [f"test_{name}" for name in metric_names(everything, "test")]
+def _column(name: str, trials: Sequence[Trial], task: Task) -> Shown | None:
+    values = [metrics[name] for trial in trials for metrics in trial.metrics if name in metrics]
+    split, _, short = name.partition("_")
+    metric = next((metric for metric in task.metrics if metric.name == short), None)
+    if not values or metric is None or split not in SPLITS:
+        return shown(name, values) if values else None
+    return Shown(f"{SPLITS[split]} {metric.label}", metric.scale, 2 if metric.percent else 3)
 
 
 def _cell(trial: Trial, name: str, column: Shown) -> str:

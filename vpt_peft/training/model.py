@@ -52,7 +52,7 @@ def resolve_model_path(name: str) -> str:
 
 
 def load_image_processor(model_args: ModelArguments) -> Any:
-    """The image processor that belongs to the backbone; no torchvision needed.
+    """Return the image processor of the backbone; torchvision is not needed.
 
     Raises:
         OSError: there is no such model, or it comes without an image processor.
@@ -77,7 +77,7 @@ def _named(model_args: ModelArguments) -> Iterator[None]:
             raise OSError(f"model_name_or_path={name!r}: the folder cannot be used ({why}).") from error
         where = f" at revision {model_args.model_revision!r}" if model_args.model_revision else ""
         raise OSError(
-            f"model_name_or_path={name!r}{where}: no such folder here, and the Hub did not give it ({why}). Check the "
+            f"model_name_or_path={name!r}{where}: no such folder here, and the Hub does not provide it ({why}). Check the "
             "id and the revision. If the model is private or gated, HF_TOKEN must hold a token that may read it. "
             "Without a network, use a model that is in the cache already (HF_HUB_OFFLINE=1 stops the retries), a local "
             "folder, or 'embedded'."
@@ -85,9 +85,9 @@ def _named(model_args: ModelArguments) -> Iterator[None]:
 
 
 def load_backbone(model_args: ModelArguments, id2label: Mapping[int, str]) -> PreTrainedModel:
-    """Load an image classifier in float32 with a head for `id2label`; one of another size begins at zero.
+    """Load an image classifier in float32 with a head for `id2label`; a head of another size starts at zero.
 
-    MAE checkpoints, which transformers has no classifier for, are read as ViTs.
+    MAE checkpoints are read as ViTs, as transformers has no classifier for them.
 
     Raises:
         ValueError: weights other than the head's are missing or have another shape than the checkpoint's config says.
@@ -118,12 +118,12 @@ def load_backbone(model_args: ModelArguments, id2label: Mapping[int, str]) -> Pr
             f"model_name_or_path={model_args.model_name_or_path!r} does not hold the backbone's weights "
             f"{', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}; choose a checkpoint that fits its config.json."
         )
-    _begin_at_zero(model, drawn)
+    _start_at_zero(model, drawn)
     return model
 
 
-def _begin_at_zero(model: PreTrainedModel, drawn: Collection[str]) -> None:
-    """Let output layers that the checkpoint did not hold begin at zero.
+def _start_at_zero(model: PreTrainedModel, drawn: Collection[str]) -> None:
+    """Let output layers that the checkpoint does not hold start at zero.
 
     All classes are alike then. Random layers send their noise into the prompts, which hurts where images are few.
     """
@@ -137,7 +137,7 @@ def _begin_at_zero(model: PreTrainedModel, drawn: Collection[str]) -> None:
 
 @contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """Keep back transformers' table of weights that do not fit: a new head is asked for, all else is raised."""
+    """Hide transformers' table of weights that do not fit: a new head is expected, anything else is raised."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

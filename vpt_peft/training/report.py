@@ -1,4 +1,4 @@
-"""What a run will cost, said before it starts and measured on a few images: parameters, memory, seconds."""
+"""What a run will cost, measured on a few images before it starts: parameters, memory, seconds."""
 
 from __future__ import annotations
 
@@ -35,10 +35,14 @@ class StepCost:
 
 
 def measure_step(trainer: Trainer, images: int = 8) -> StepCost:
-    """Read a few training images and run a forward and backward pass of them; the fastest of some warm turns counts.
+    """Time reading a few training images and a forward and backward pass of them; the fastest of some turns counts.
 
-    A first turn opens files and picks kernels, and others may be disturbed; the fastest is nearest to a long run.
-    Gradients, buffers and random states are put back, so training itself is not changed by it.
+    The first turn opens files and picks kernels and is left out; the fastest of the others is nearest to a long run.
+    Gradients, buffers and random states are restored, so that training is not changed.
+
+    Args:
+        trainer (`Trainer`): ready to train.
+        images (`int`): at most the batch size.
     """
     model: Any = trainer.model
     dataset: Any = trainer.train_dataset
@@ -69,7 +73,7 @@ def measure_step(trainer: Trainer, images: int = 8) -> StepCost:
 
 
 class SavedBytes:
-    """Counts the bytes of distinct storages that autograd keeps for the backward pass, parameters left out."""
+    """Count the bytes of distinct storages that autograd keeps for the backward pass, without parameters."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self.total = 0
@@ -92,7 +96,7 @@ class SavedBytes:
 
 
 def describe_run(trainer: Trainer, counts: ParameterCounts, cost: StepCost) -> str:
-    """The lines shown before training: what trains, and the expected memory and time, extrapolated from `cost`."""
+    """Return the lines shown before training: what trains, and expected memory and time, extrapolated from `cost`."""
     args = trainer.args
     model: Any = trainer.model
     dataset: Any = trainer.train_dataset
@@ -106,8 +110,8 @@ def describe_run(trainer: Trainer, counts: ParameterCounts, cost: StepCost) -> s
     return (
         f"Trains {counts.trainable:,} of {counts.total:,} parameters ({share:.2f} %): prompts and the like "
         f"{counts.prompts:,}, head {counts.head:,}, other {counts.rest:,}.\n"
-        f"Expects about {total / 1e6:,.0f} MB for weights, gradients, optimizer and the activations of {batch} "
-        f"images, and about {seconds:,.0f} s per epoch of {images:,} images, evaluation not counted "
+        f"Expects about {total / 1e6:,.0f} MB for weights, gradients, optimizer state and the activations of {batch} "
+        f"images, and about {seconds:,.0f} s per epoch of {images:,} images, without evaluation "
         f"(from one step of {cost.images} images; larger batches run at another speed)."
     )
 
