@@ -238,7 +238,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "smolvlm_vision": row("SmolVLMVisionTransformer", PLAIN, CLIP_LAYERS, CLIP),
     "pixtral": row(
         "PixtralVisionModel", PLAIN, stack("transformer.layers"), ("attention_norm", "attention", "k_proj", "v_proj"),
-        inputs=one_image_with_size,
+        inputs=one_image_with_size, oracle=NO_TOKENS,
     ),
     "ovis2_vision": row(
         "transformers.models.ovis2.modeling_ovis2.Ovis2VisionModel", PLAIN, stack("transformer.encoder.layers"), AIM,

@@ -319,7 +319,7 @@ def test_other_threads_do_not_notice_a_trace():
     def run_others() -> None:
         with torch.no_grad():
             outputs.append(other(**inputs).last_hidden_state)
-            outputs.append(model(torch.randn(1, 3, 32, 32)).last_hidden_state)
+            outputs.append(model(torch.randn(1, 3, 64, 64), interpolate_pos_encoding=True).last_hidden_state)
 
     def run_in_thread(*args: Any) -> None:
         if threading.current_thread() is threading.main_thread():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -103,28 +104,30 @@ def test_timm_projections(separate_bias: bool, fused: bool):
             torch.testing.assert_close(made, expected[index])
 
 
-def test_zero_bias_from_elsewhere_is_no_bias():
-    model = timm_wrapper(separate_bias=True)
+def project_by_hand(attention: nn.Module, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    qkv = nn.functional.linear(x, attention.qkv.weight, bias)
+    q, k, v = qkv.reshape(*x.shape[:2], 3, 4, -1).permute(2, 0, 3, 1, 4)
+    return attention.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(
+    "separate_bias, bias, found",
+    [
+        (True, None, True),
+        (True, torch.zeros(96), True),
+        (True, torch.arange(96.0), False),  # a bias that belongs to nothing
+        (False, None, False),  # the layer itself would add its bias
+        (False, torch.zeros(96), False),
+    ],
+    ids=["none", "zeros", "unknown", "own left out", "own replaced"],
+)
+def test_weight_used_without_its_layer(separate_bias: bool, bias: torch.Tensor | None, found: bool):
+    """The layer is taken for the projection only if calling it gives the same numbers."""
+    model = timm_wrapper(separate_bias=separate_bias)
     for block in model.timm_model.blocks:
-        block.attn.forward = linear_with_constant_bias.__get__(block.attn)
+        if block.attn.qkv.bias is not None:
+            nn.init.normal_(block.attn.qkv.bias)
+        block.attn.forward = partial(project_by_hand, block.attn, bias)
     key = find_encoder(model).blocks[0].attention.key
-    assert key is not None and key.path == "qkv" and key.bias == ()
-
-
-def linear_with_constant_bias(attention: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    qkv = nn.functional.linear(x, attention.qkv.weight, torch.zeros(96))
-    q, k, v = qkv.reshape(*x.shape[:2], 3, 4, -1).permute(2, 0, 3, 1, 4)
-    return attention.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-def test_unknown_bias_is_not_passed_over():
-    model = timm_wrapper(separate_bias=True)
-    for block in model.timm_model.blocks:
-        block.attn.forward = linear_with_unknown_bias.__get__(block.attn)
-    assert find_encoder(model).blocks[0].attention.key is None
-
-
-def linear_with_unknown_bias(attention: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    qkv = nn.functional.linear(x, attention.qkv.weight, torch.arange(96.0))
-    q, k, v = qkv.reshape(*x.shape[:2], 3, 4, -1).permute(2, 0, 3, 1, 4)
-    return attention.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    assert (key is not None) == found
+    assert key is None or (key.path, key.bias) == ("qkv", ())

@@ -114,6 +114,16 @@ def test_tower_of_pixel_values_with_a_grid():
     assert read_blocks(model, model, spec) == (True, True)
 
 
+def test_tower_of_patches_that_are_small_images():
+    module = pytest.importorskip("transformers.models.kimi_k25.modeling_kimi_k25")
+    cls = module.Kimi_K25VisionModel
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    spec = find_encoder(cls(cls.config_class(**sizes, patch_size=4)))
+    assert spec.packed and spec.channels == 3 and spec.image_size is None and spec.patch_embedding is None
+    assert [block.tokens for block in spec.blocks] == [16, 16]
+    assert all(block.attention.key is not None and not block.takes_tokens for block in spec.blocks)
+
+
 def test_tower_that_cannot_be_run_says_why():
     model = make("qwen2")
     model.model.visual.config.patch_size = 5

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from composites import COMPOSITES, IMAGE, SIZES, TEXT, clip, llava, siglip, swin_config, vit
 from encoder_fixtures import build, require_installed, timm_wrapper
 from test_encoder import assert_untouched, fingerprint
@@ -20,6 +21,8 @@ from transformers import (
     DPTForDepthEstimation,
     DPTForSemanticSegmentation,
     DPTModel,
+    HieraBackbone,
+    HieraConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -101,6 +104,14 @@ def test_backbone_reads_up_to_its_last_stage(stages: list[str], expected: str):
 )
 def test_backbone_in_stages(stages: list[str], expected: str):
     assert read(SwinBackbone(swin_config(out_features=stages))) == expected
+
+
+@pytest.mark.parametrize(
+    "stages, expected", [(["stage1"], "x..."), (["stage2"], "xxx."), (["stage3"], "xxxx")], ids=str
+)
+def test_blocks_that_change_shape_are_not_repeated(stages: list[str], expected: str):
+    config = HieraConfig(**ARCHITECTURES["hiera"].config, out_features=stages)
+    assert read(HieraBackbone(config)) == expected
 
 
 @pytest.mark.parametrize("cls", [DPTForDepthEstimation, DPTForSemanticSegmentation, DPTModel])

@@ -30,11 +30,13 @@ def attention_maps(
         For each block the maps `(batch, heads, tokens, prefix + prompts + patches)` and the names of the columns.
 
     Raises:
-        ValueError: The model has no such adapter.
+        ValueError: The model has no prompts, or no such adapter.
     """
     parameters = find_parameters(model)
-    if parameters is None or (adapter_name is not None and adapter_name not in parameters.configs):
-        known = "none" if parameters is None else ", ".join(map(repr, parameters.configs)) or "none"
+    if parameters is None:
+        raise ValueError(f"{type(model).__name__} has no prompts; attach some with get_peft_model.")
+    if adapter_name is not None and adapter_name not in parameters.configs:
+        known = ", ".join(map(repr, parameters.configs)) or "none"
         raise ValueError(f"adapter_name={adapter_name!r} is not a prompt adapter of this model; it has: {known}.")
     recorded: list[AttentionMap] = []
     with in_eval(model), torch.no_grad(), recording_maps(recorded):

@@ -87,6 +87,11 @@ def prompted_attention(
         return _base_function(layer, name)(_seen_by(name, module), query, key, value, attention_mask, *args, **kwargs)
     if extras.maps is not None:
         name = "eager"
+    if extras.keys is not None and kwargs.get("cu_seq_lens_k") is not None:
+        raise ValueError(
+            f"{name} takes the keys of several images as one sequence, in which prompts have no place; use "
+            "set_attn_implementation('sdpa')."
+        )
     if extras.all_tokens is not None:
         # The module itself has seen the prefix tokens only, which ask; all tokens answer
         key, value = project_key_values(layer.block, layer.spec.attention, extras.all_tokens)

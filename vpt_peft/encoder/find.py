@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
@@ -15,23 +16,29 @@ from .spec import AttentionSpec, BlockSpec, EncoderError, EncoderSpec
 from .trace import AttentionCall, Call, Trace, block_arguments, first_tensor, in_eval, trace_encoder
 
 
+PACKED = "its blocks take the tokens of all images as one sequence"
+
+
 def find_encoder(model: nn.Module, backbone: str | None = None) -> EncoderSpec:
-    """The vision encoder inside `model`, described by one forward pass on a small random input.
+    """Find the vision encoder inside `model` and describe it by one forward pass on a small random input.
 
     Args:
         model: Any transformers model with a vision encoder in it.
-        backbone: Dotted path of the encoder, where a model holds several.
+        backbone: Dotted path of the encoder, needed if the model has several.
+
+    Returns:
+        The description, with paths relative to `model`.
 
     Raises:
-        EncoderError: No vision encoder is found, several are and `backbone` is not given, the path does not exist, or
-            the encoder is of a kind for which prompts are not defined.
+        EncoderError: There is no vision encoder, there are several and `backbone` is not given, the path does not
+            exist, or prompts are not defined for the encoder.
     """
     if backbone is not None:
         modules = dict(model.named_modules())
         if backbone not in modules:
             near = ", ".join(repr(path) for path, _ in _candidates(model)) or "none"
             raise EncoderError(
-                f"backbone={backbone!r} is not a module of {type(model).__name__}; vision encoders it holds: {near}."
+                f"backbone={backbone!r} is not a module of {type(model).__name__}; its vision encoders are: {near}."
             )
         return describe_encoder(modules[backbone], backbone)
     found = _candidates(model)
@@ -53,13 +60,13 @@ def find_encoder(model: nn.Module, backbone: str | None = None) -> EncoderSpec:
     if len(specs) > 1:
         paths = ", ".join(repr(spec.path) for spec in specs)
         raise EncoderError(
-            f"{type(model).__name__} holds several vision encoders ({paths}): name the one to prompt with backbone=..."
+            f"{type(model).__name__} has several vision encoders ({paths}): choose one with backbone=..."
         )
     return specs[0]
 
 
 def _is_stack(module: nn.Module) -> bool:
-    """A list of blocks; `nn.Sequential` counts where it repeats one class."""
+    """Whether a module is a list of blocks; `nn.Sequential` is one if it repeats a single class."""
     if isinstance(module, nn.Sequential):
         return len(module) > 1 and len({type(child) for child in module}) == 1
     return isinstance(module, nn.ModuleList)
@@ -70,7 +77,7 @@ def _inside(inner: str, outer: str) -> bool:
 
 
 def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The innermost models that take images; an outer one only where nothing inside it does."""
+    """The innermost models that take images; an outer one only if no model inside it does."""
     found = [
         (path, module)
         for path, module in model.named_modules()
@@ -86,17 +93,21 @@ def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _takes_images(module: nn.Module) -> bool:
-    """Whether a model embeds pixels itself: an inner stack of blocks only inherits the name of the input."""
+    """Whether a model embeds pixels itself; an inner stack of blocks may only share the name of the input."""
     return any(isinstance(child, (nn.Conv2d, nn.Conv3d)) for child in module.modules()) or any(
         "patch" in path.rsplit(".", 1)[-1] and isinstance(child, nn.Linear) for path, child in module.named_modules()
     )
 
 
 def describe_encoder(encoder: nn.Module, path: str = "") -> EncoderSpec:
-    """Trace `encoder` and describe its blocks, attention maps, norms and token layout.
+    """Trace `encoder` and describe its blocks, attention projections, norms and token layout.
+
+    Args:
+        encoder: A model that takes images.
+        path: Its dotted path in the whole model.
 
     Raises:
-        EncoderError: It does not run on any input made from its configuration, or prompts are not defined for it.
+        EncoderError: It runs on no input derived from its configuration, or prompts are not defined for it.
     """
     name = type(encoder).__name__
     if any(parameter.is_meta for parameter in encoder.parameters()):
@@ -134,6 +145,8 @@ def _describe(encoder: nn.Module, path: str, trace: Trace, inputs: dict[str, Any
         known[signature] = _describe_block(encoder, block, attention, runs, trace, known.get(signature))
         blocks.append(known[signature])
     first, last = runs[order[0]], runs[order[-1]]
+    if not is_packed(encoder) and _joins_images(encoder, first, inputs):
+        blocks = [replace(block, takes_tokens=False, no_tokens_reason=PACKED) for block in blocks]
     images = first_tensor(inputs)
     plain = images if images is not None and images.dim() >= 4 and not is_packed(encoder) else None
     convolutions = [call for call in trace.calls if isinstance(call.module, (nn.Conv2d, nn.Conv3d))]
@@ -149,6 +162,20 @@ def _describe(encoder: nn.Module, path: str, trace: Trace, inputs: dict[str, Any
         merges=_merges(trace, [runs[block] for block in order]),
         model_type=str(getattr(encoder.config, "model_type", "")),
     )
+
+
+def _joins_images(encoder: nn.Module, first: Call, inputs: dict[str, Any]) -> bool:
+    """Whether two images come to the first block as one sequence (Pixtral), told apart by a mask."""
+    if first.input is None or first.input.dim() != 3 or first.input.shape[0] != 1:
+        return False
+    both = {
+        name: torch.cat([value, value]) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
+    }
+    try:
+        args, kwargs = block_arguments(encoder, first.module, both)
+    except Exception:  # it takes one image at a time
+        return False
+    return (kwargs[first.argument] if first.argument else args[0]).shape[0] == 1
 
 
 def _element_above(path: str, lists: set[str]) -> str | None:
@@ -201,8 +228,7 @@ def _describe_block(
         eager=attention.eager,
         mask_open=_open_value(mask),
     )
-    packed = "its blocks take the tokens of all images as one sequence"
-    reason = packed if is_packed(encoder) else _why_no_tokens(block, call, attention)
+    reason = PACKED if is_packed(encoder) else _why_no_tokens(block, call, attention)
     windowed = (
         bool(reason)
         and block.input.dim() == 3
@@ -210,7 +236,7 @@ def _describe_block(
         and (call.input.shape[0] > block.input.shape[0])
     )
     if twin is not None and twin.windowed:
-        # At the last resolution a single window can cover the grid; the block is of the windowed kind all the same.
+        # At the last resolution one window may cover the grid; the block still partitions its tokens.
         windowed, reason = True, twin.no_tokens_reason
     return BlockSpec(
         path=path,
@@ -226,7 +252,7 @@ def _describe_block(
 
 
 def _match_projections(attention: AttentionCall, inner: list[Call]):
-    """Query, key and value maps; all `None` where keys or values are not found."""
+    """The projections of queries, keys and values; all `None` if keys or values are not found."""
     if attention.value is not None:
         query, key, value = (
             match_projection(attention.module, inner, target, attention.path, name)
@@ -238,7 +264,7 @@ def _match_projections(attention: AttentionCall, inner: list[Call]):
 
 
 def _norm_before(before: list[Call], attention: Call, block: str) -> str | None:
-    """The norm that made the attention's input: by identity of the tensor, else the last one that ran before."""
+    """The norm whose output is the attention's input, or the last one that ran before it."""
     norms = [c for c in before if "norm" in type(c.module).__name__.lower() and c.output is not None]
     made_it = [c for c in norms if c.output is attention.input]
     chosen = (made_it or norms)[-1:]
@@ -246,7 +272,7 @@ def _norm_before(before: list[Call], attention: Call, block: str) -> str | None:
 
 
 def _open_value(mask: torch.Tensor | None) -> float:
-    """The value a two-valued float mask holds where attention is allowed: 0 but for encoders that mask with 1."""
+    """The value of a float mask where attention is allowed: 0, except in encoders that mark it with 1."""
     if mask is None or mask.dtype == torch.bool or not mask.is_floating_point():
         return 0.0
     values = mask.unique()
@@ -256,16 +282,16 @@ def _open_value(mask: torch.Tensor | None) -> float:
 def _why_no_tokens(block: Call, call: Call, attention: AttentionCall) -> str:
     tokens, inputs = block.input, call.input
     if tokens is None or inputs is None or tokens.dim() != 3:
-        return "its blocks see the tokens as a grid"
+        return "its blocks take the tokens as a grid"
     if inputs.dim() != 3 or inputs.shape[0] != tokens.shape[0] or attention.key.dim() not in (3, 4):
-        return "its blocks cut the tokens into windows or merge windows"
+        return "its blocks split the tokens into windows or merge windows"
     if attention.key.shape[-2] < tokens.shape[1]:
         return "its attention regroups the tokens"
     return ""
 
 
 def _tail(below: list[Call], block: Call, attention: Call) -> tuple[str, ...]:
-    """Direct children of a windowed block from its second norm to its end, if `x + tail(x)` is the block's output."""
+    """The children of a windowed block from its second norm on, if `x + tail(x)` is the block's output."""
     depth = block.path.count(".") + 1
     after = sorted(
         (c for c in below if c.path.count(".") == depth and c.order > attention.order and c.input is not None),
@@ -308,7 +334,7 @@ def _merges(trace: Trace, blocks: list[Call]) -> tuple[tuple[int, tuple[str, ...
 
 
 def _special_positions(encoder: nn.Module, first: Call, inputs: dict[str, Any]) -> tuple[int, ...]:
-    """Positions of the first block's input that change when a token parameter does."""
+    """Positions in the first block's input that change with a token parameter."""
     if first.input is None or first.input.dim() != 3:
         return ()
 

@@ -1,4 +1,4 @@
-"""Maps whose weights a quantisation library has packed: found by their tensors, tried before prompts run through them."""
+"""Quantised linear layers: recognised by their tensors, tried out before prompts run through them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .spec import EncoderError
 
 
-# bitsandbytes' flag on 4-bit maps: the first pass without gradients packs the weights for a kernel that has none
+# bitsandbytes' flag on 4-bit layers: the first pass without gradients repacks the weights for a kernel without backward
 PACKING_FLAG = "support_avx512bf16_for_cpu"
 
 
 def has_packed_weights(module: nn.Module) -> bool:
-    """Whether a map keeps its weights in integers or in floats of 8 bits, whatever the attribute is called."""
+    """Whether a layer stores its weights as integers or 8-bit floats, whatever the attribute is called."""
     if next(module.children(), None) is not None:
         return False
     tensors: Iterable[torch.Tensor] = chain(module.parameters(recurse=False), module.buffers(recurse=False))
@@ -28,35 +28,35 @@ def _is_packed(tensor: torch.Tensor) -> bool:
     if is_traceable_wrapper_subclass(tensor):
         inner = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
         return any(_is_packed(each) for each in inner)
-    # Integers of 64 bits are indices, never weights
+    # 64-bit integers are indices, never weights
     if tensor.dim() < 2 or tensor.dtype in (torch.bool, torch.int64):
         return False
     return not (tensor.is_floating_point() or tensor.is_complex()) or tensor.element_size() == 1
 
 
 def forbid_packing(model: nn.Module) -> list[nn.Module]:
-    """Keep bitsandbytes from repacking 4-bit weights for CPUs, after which no gradient passes; the maps concerned."""
-    maps = [module for module in model.modules() if getattr(module, PACKING_FLAG, False)]
-    for module in maps:
+    """Keep bitsandbytes from repacking 4-bit weights for CPUs, which would block gradients; returns the layers."""
+    layers = [module for module in model.modules() if getattr(module, PACKING_FLAG, False)]
+    for module in layers:
         setattr(module, PACKING_FLAG, False)
-    return maps
+    return layers
 
 
-def allow_packing(maps: Iterable[nn.Module]) -> None:
+def allow_packing(layers: Iterable[nn.Module]) -> None:
     """Undo [`forbid_packing`]."""
-    for module in maps:
+    for module in layers:
         setattr(module, PACKING_FLAG, True)
 
 
 def try_map(module: nn.Module, path: str, rows: int, dtype: torch.dtype, needs_gradient: bool) -> None:
-    """Run a packed map on so many tokens.
+    """Run a quantised layer on random tokens of one image.
 
     Args:
-        module: The map, with `in_features`.
+        module: The layer, with `in_features`.
         path: Its dotted path, for messages.
-        rows: Tokens of the one image it is run on.
-        dtype: Of the tokens.
-        needs_gradient: Prompts before it are going to train.
+        rows: Number of tokens.
+        dtype: Dtype of the tokens.
+        needs_gradient: Prompts in front of it are going to train.
 
     Raises:
         EncoderError: It fails on this number of tokens, or lets no gradient pass.
@@ -67,8 +67,8 @@ def try_map(module: nn.Module, path: str, rows: int, dtype: torch.dtype, needs_g
     state = getattr(getattr(module, "weight", None), "quant_state", None)
     if needs_gradient and getattr(state, "packing_format_for_cpu", False):
         raise EncoderError(
-            f"{what} lets no gradient pass any more: bitsandbytes has packed its weights for inference on CPUs, in the "
-            "first pass without gradients. Load the model again and attach prompts before it runs."
+            f"{what} lets no gradient pass any more: bitsandbytes packed its weights for inference on CPUs in the first "
+            "pass without gradients. Load the model again and attach prompts before it runs."
         )
     try:
         with torch.set_grad_enabled(needs_gradient):
@@ -78,11 +78,11 @@ def try_map(module: nn.Module, path: str, rows: int, dtype: torch.dtype, needs_g
                 (gradient,) = torch.autograd.grad(output.float().sum(), tokens, allow_unused=True)
     except Exception as error:
         raise EncoderError(
-            f"{what} does not run on {rows} tokens: {error}. Leave it as it is when the model is quantised "
-            "(modules_to_not_convert), or use another quantisation."
+            f"{what} does not run on {rows} tokens: {error}. Exclude it from quantisation (modules_to_not_convert), or "
+            "use another quantisation method."
         ) from error
     if needs_gradient and (gradient is None or not gradient.any()):
         raise EncoderError(
-            f"{what} lets no gradient pass, so the prompts before it cannot train; use a quantisation of weights only, or "
-            "leave the module as it is when the model is quantised (modules_to_not_convert)."
+            f"{what} lets no gradient pass, so the prompts in front of it cannot train; use quantisation of weights only, or "
+            "exclude the module from quantisation (modules_to_not_convert)."
         )

@@ -55,8 +55,10 @@ class Temperature(nn.Module):
 
     def clamp_stored(self) -> None:
         """Clamp the stored value in place, as the official code does before each forward pass."""
-        # Through `data`, so that a forward pass that has not been backpropagated yet stays valid.
-        self.weight.data.clamp_(self.minimum, self.maximum)
+        # Sharded parameters (FSDP1) have no storage between passes
+        if self.weight.untyped_storage().size() > 0:
+            # Through `data`, so that a forward pass that has not been backpropagated yet stays valid.
+            self.weight.data.clamp_(self.minimum, self.maximum)
 
     def forward(self) -> torch.Tensor:
         return self.weight.clamp(self.minimum, self.maximum)

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from vpt_peft.encoder import BlockSpec, EncoderError, EncoderSpec, submodule
 from vpt_peft.encoder.inputs import sample_inputs
 from vpt_peft.encoder.quantized import has_packed_weights, try_map
-from vpt_peft.encoder.trace import block_arguments, first_tensor, in_eval, perturbed
+from vpt_peft.encoder.trace import block_arguments, first_tensor, in_eval, perturbed, random_state_kept
 
 from .config import VPTConfig
 from .layout import make_layout
@@ -90,8 +90,7 @@ def _tolerance(output: torch.Tensor) -> float:
 
 def _activate(parameters: VPTParameters, name: str, config: VPTConfig) -> None:
     """Give the parameters one adapter with random prompts, the same ones each time."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with random_state_kept(parameters.encoder, seed=0):
         parameters.update_layer(name, config)
         _give_values(parameters, name)
     for layer in (parameters, *parameters.layers):
@@ -158,7 +157,7 @@ def _first_output(
     parameters.attach()
     try:
         for inputs in sample_inputs(encoder):
-            with in_eval(root), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with in_eval(root), torch.no_grad(), random_state_kept(root):
                 _activate(parameters, "probe", VPTConfig(num_virtual_tokens=3, skip_unread=skip_unread))
                 try:
                     return first_tensor(functional_call(root, weights, kwargs=inputs))

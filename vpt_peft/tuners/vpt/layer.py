@@ -139,7 +139,7 @@ class VPTLayer(nn.Module, PromptTunerLayer):
         here = running.block_pass(self.index)
         argument = self.spec.argument
         hidden = original = kwargs[argument] if argument else args[0]
-        here.batch = hidden.shape[0]
+        here.batch = 1 if self.owner.spec.packed else hidden.shape[0]
         if running.checkpointing:
             here.prompts = [(a, self._as_input(layout, running)) for a, layout in here.prompts]
         if self.index == 0:

@@ -139,6 +139,8 @@ def check_config(config: VPTConfig, spec: EncoderSpec) -> None:
         )
     if where == "add" and not all(block.takes_tokens for block in spec.blocks):
         raise EncoderError(f"prompt_location='add' needs one sequence of tokens: {spec.blocks[0].no_tokens_reason}.")
+    if where == "add_shared" and spec.packed:
+        raise EncoderError(f"prompt_location='add_shared' needs tokens by image: {spec.blocks[0].no_tokens_reason}.")
     if config.project_patches and not spec.blocks[0].takes_tokens:
         raise EncoderError(f"project_patches needs one sequence of tokens: {spec.blocks[0].no_tokens_reason}.")
     if (config.pooling is not None or config.token_type == "class") and spec.final_norm is None:

@@ -31,7 +31,7 @@ from .check import check_heads, check_key_values, check_quantized, check_skip_un
 from .config import VPTConfig
 from .layer import PromptTunerLayer
 from .layout import check_config, make_layout
-from .loading import check_fit, take_out
+from .loading import check_fit, take_out, take_saved_biases
 from .mixed import check_mixed_batch
 from .modes import set_frozen_eval, set_frozen_eval_outside
 from .parameters import PromptAdapter, VPTParameters, find_parameters
@@ -249,6 +249,10 @@ class VPTModel(BaseTuner):
         if names is None or parameters is None:
             yield
             return
+        if parameters.spec.packed:
+            raise ValueError(
+                "adapter_names: this encoder takes all images as one sequence; run each adapter's images apart."
+            )
         with mixed_batch(
             check_mixed_batch(names, parameters.configs, list(self.peft_config), self.training, args, kwargs)
         ):
@@ -362,6 +366,7 @@ class VPTModel(BaseTuner):
             else:
                 remapped[key] = value
         try:
+            found |= take_saved_biases(parameters, cls.prefix, adapter_name, remapped, root)
             check_fit(parameters, adapter_name, found)
         except ValueError:
             take_out(model, parameters, adapter_name)

@@ -30,7 +30,8 @@ def strip_shape(owner: Owner, config: VPTConfig) -> tuple[int, int, int]:
 def embed_strip(owner: Owner, strip: torch.Tensor) -> torch.Tensor:
     """Prompt tokens `(prompts, width)` of a strip of pixels, through the frozen patch embedding."""
     convolution = submodule(owner.encoder, owner.spec.patch_embedding or "")
-    tokens = type(convolution).forward(convolution, strip.unsqueeze(0).to(convolution.weight.dtype))
+    # Without its torch hooks, but with what offloading has put around it
+    tokens = convolution.forward(strip.unsqueeze(0).to(convolution.weight.dtype))
     return tokens.flatten(2).transpose(1, 2).squeeze(0)
 
 

@@ -53,7 +53,8 @@ def pool_adapters(running: ForwardPass, tokens: torch.Tensor, norm: nn.Module | 
             continue
         changed, prompts = True, running.final.get(adapter.name)
         if prompts is not None and norm is not None:
-            prompts = type(norm).forward(norm, prompts)
+            # Without its torch hooks, but with what offloading has put around it
+            prompts = norm.forward(prompts)
         if running.mixed is None:
             tokens = hand_to_head(spec, tokens, pool(config, spec, tokens, prompts))
         else:
