@@ -18,6 +18,7 @@ from vpt_peft.data.splits import dataset_fingerprint
 from vpt_peft.tasks.classification import TASK
 
 
+pytest_plugins = ["data_fixtures"]
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "datasets"
 
@@ -38,14 +39,6 @@ def write_parquet(folder, splits, feature=None, image="image", label="label", **
         table = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
         table.to_parquet(folder / "data" / f"{name}-00000-of-00001.parquet")
     return folder
-
-
-@pytest.fixture
-def load(tmp_path):
-    def call(name, **options):
-        return TASK.read(DataArguments(str(name), **options), cache_dir=str(tmp_path / "cache"))
-
-    return call
 
 
 @pytest.fixture

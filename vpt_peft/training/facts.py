@@ -67,7 +67,7 @@ def write_card(
     fields = {
         "method": METHODS[method.method].markdown,
         "snippet": _snippet(arguments, task, folder, model_class).rstrip(),
-        "loading_note": _loading_note(task, folder),
+        "loading_note": _loading_note(arguments, task, folder),
         "counts": counts,
         "saved_bytes": saved_bytes,
         "seconds": metrics["train_runtime"],
@@ -161,12 +161,15 @@ def _snippet(arguments: Arguments, task: Task, folder: Path, model_class: str) -
     )
 
 
-def _loading_note(task: Task, folder: Path) -> str:
+def _loading_note(arguments: Arguments, task: Task, folder: Path) -> str:
     """Return how else an adapter loads, and how the image processor that was used gets in."""
     if not (folder / "adapter_config.json").is_file() or labels_of_adapter(folder) is None:
         return ""
+    # The package, and so the backbone in it, lies at another path elsewhere
+    embedded = arguments.model.model_name_or_path in EMBEDDED_FOLDERS
     return (
+        f"{'On the machine that wrote this folder, ' if embedded else ''}"
         f"`{task.auto_class.__name__}.from_pretrained(adapter)` loads it too, and so does "
         f'`pipeline("{task.pipeline_tag}", adapter, image_processor=adapter)`. Without `image_processor`, `pipeline` '
-        "takes the one of the base model."
+        "takes the image processor of the base model."
     )
