@@ -9,12 +9,11 @@ from huggingface_hub import HfApi
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from vpt_peft.data.arguments import DataArguments
 from vpt_peft.data.images import DataError, DataNotFoundError
 from vpt_peft.data.splits import dataset_fingerprint
-from vpt_peft.tasks.classification import TASK
 
 
+pytest_plugins = ["data_fixtures"]
 ROOT = Path(__file__).parents[2]
 
 
@@ -27,14 +26,6 @@ def write_images(folder, counts):
             Image.new("RGB", (4, 4), (number, 0, 0)).save(folder / name / f"{number:03d}.png")
             number += 1
     return folder
-
-
-@pytest.fixture
-def load(tmp_path):
-    def call(name, **options):
-        return TASK.read(DataArguments(str(name), **options), cache_dir=str(tmp_path / "cache"))
-
-    return call
 
 
 def test_digits(load):

@@ -91,3 +91,13 @@ def test_retarget_changes_the_adapter_only(finished):
     changed = [(old, new) for old, new in zip(card.splitlines(), moved.splitlines(), strict=True) if old != new]
     assert [new for _, new in changed] == ['adapter = "user/na\\"me"  # this folder or its Hub id']
     assert retarget(moved, str(out)) == card
+
+
+@pytest.mark.parametrize(("method", "told"), [("vpt", True), ("lora", False), ("linear", False)])
+def test_other_ways_of_loading(finished, method, told):
+    """A snippet in a sentence: `pipeline` with the image processor that was used."""
+    _, out = finished(method=method)
+    text = (out / "README.md").read_text()
+    assert ("`AutoModelForImageClassification.from_pretrained(adapter)` loads it too" in text) == told
+    assert ('`pipeline("image-classification", adapter, image_processor=adapter)`' in text) == told
+    assert "On the machine" not in text

@@ -6,7 +6,7 @@ import json
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,83 +41,39 @@ class Result:
     text: str
 
 
-@dataclass(frozen=True)
-class CardFacts:
-    """What a card tells of a finished run.
+def build_card(metadata: Mapping[str, Any], results: Sequence[Result], fields: Mapping[str, Any]) -> ModelCard:
+    """Return the card of a run; needs Jinja.
 
     Args:
-        name: of the model.
-        pipeline_tag: of the task.
-        library: "peft" or "transformers".
-        method: as a sentence ends with it, in markdown.
-        tags: of the Hub.
-        base_name: Hub id, or only the name of a folder.
-        data_name: likewise.
-        data_on_hub: whether `data_name` is a data set of the Hub.
-        snippet: code that loads the folder; a line `adapter = "..."` says from where.
-        loading_note: markdown, what else loads it; may be empty.
+        metadata: for `ModelCardData`, with the name of the data set as "data_name".
         results: in the order shown.
-        classes: their names in order.
-        protocol: remaining fields of the template about data, parameters and seed.
-        image_processor: gives size and normalisation.
-        hyper_parameters: what was given or filled in.
+        fields: what the template `card.md.jinja` tells beside them.
     """
-
-    name: str
-    pipeline_tag: str
-    library: str
-    method: str
-    tags: Sequence[str]
-    base_name: str
-    data_name: str
-    data_on_hub: bool
-    snippet: str
-    loading_note: str
-    results: Sequence[Result]
-    classes: Sequence[str]
-    protocol: Mapping[str, Any]
-    image_processor: Any
-    hyper_parameters: Mapping[str, Any] = field(default_factory=dict)
-
-
-def build_card(facts: CardFacts) -> ModelCard:
-    """Return the card of a run; needs Jinja."""
-    task = {"task_type": facts.pipeline_tag, "task_name": facts.pipeline_tag.replace("-", " ").title()}
+    given = dict(metadata)
+    data_name, tag = given.pop("data_name"), given["pipeline_tag"]
     data = ModelCardData(
-        library_name=facts.library,
-        base_model=facts.base_name,
-        datasets=[facts.data_name] if facts.data_on_hub else None,
-        tags=list(facts.tags),
-        pipeline_tag=facts.pipeline_tag,
-        metrics=list(dict.fromkeys(result.kind for result in facts.results)),
-        model_name=facts.name,
-        eval_results=[_as_eval_result(result, facts.data_name, task) for result in facts.results] or None,
+        **given,
+        metrics=list(dict.fromkeys(result.kind for result in results)),
+        eval_results=[_as_eval_result(result, data_name, tag) for result in results] or None,
     )
-    processor = facts.image_processor
+    versions = {"torch": torch, "transformers": transformers, "peft": peft}
     return ModelCard.from_template(
         data,
         template_path=str(_TEMPLATE),
-        name=facts.name,
-        base_name=facts.base_name,
-        data_name=facts.data_name,
-        method=facts.method,
-        snippet=facts.snippet.rstrip(),
-        loading_note=facts.loading_note,
-        results=[(result.split, result.title, result.text) for result in facts.results],
-        classes=list(facts.classes),
-        size=_size(processor),
-        mean=getattr(processor, "image_mean", None),
-        std=getattr(processor, "image_std", None),
-        hyper_parameters=dict(facts.hyper_parameters),
-        versions=f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}, "
-        f"Python {platform.python_version()}",
-        **facts.protocol,
+        name=data.model_name,
+        base_name=data.base_model,
+        data_name=data_name,
+        results=results,
+        versions=", ".join(f"{name} {module.__version__}" for name, module in versions.items())
+        + f", Python {platform.python_version()}",
+        **fields,
     )
 
 
-def _as_eval_result(result: Result, data_name: str, task: Mapping[str, Any]) -> EvalResult:
+def _as_eval_result(result: Result, data_name: str, pipeline_tag: str) -> EvalResult:
     return EvalResult(
-        **task,
+        task_type=pipeline_tag,
+        task_name=pipeline_tag.replace("-", " ").title(),
         dataset_type=data_name,
         dataset_name=data_name,
         dataset_split=result.split,
@@ -127,20 +83,13 @@ def _as_eval_result(result: Result, data_name: str, task: Mapping[str, Any]) -> 
     )
 
 
-def write_card(facts: CardFacts, folder: str | Path) -> Path:
-    """Write README.md into `folder`, whole or not at all, and return its path."""
-    path = Path(folder) / "README.md"
-    write_whole(path, build_card(facts).content)
-    return path
-
-
 def add_results(folder: str | Path, results: Sequence[Result]) -> None:
     """Add results to the card of a run that was tested later, whole or not at all."""
     path = Path(folder) / "README.md"
     card = ModelCard.load(path)
     known = list(card.data.eval_results or [])
-    task = {"task_type": known[0].task_type, "task_name": known[0].task_name}
-    card.data.eval_results = [*known, *(_as_eval_result(result, known[0].dataset_name, task) for result in results)]
+    name, tag = known[0].dataset_name, known[0].task_type
+    card.data.eval_results = [*known, *(_as_eval_result(result, name, tag) for result in results)]
     rows = "".join(f"| {result.split} | {result.title} | {result.text} |\n" for result in results)
     text = card.text.replace("\n\nTrained parameters:", f"\n{rows}\nTrained parameters:", 1)
     write_whole(path, ModelCard(f"---\n{card.data.to_yaml()}\n---\n{text}").content)
@@ -149,8 +98,3 @@ def add_results(folder: str | Path, results: Sequence[Result]) -> None:
 def retarget(card: str, adapter: str) -> str:
     """Return the card's text with its snippet loading `adapter`, a Hub id or folder."""
     return _ADAPTER_LINE.sub(lambda _: f"adapter = {json.dumps(adapter)}", card)
-
-
-def _size(processor: Any) -> str:
-    size = getattr(processor, "crop_size", None) or getattr(processor, "size", None) or {}
-    return " x ".join(str(value) for value in dict(size).values()) or "as the image processor says"

@@ -1,4 +1,4 @@
-"""What the card of a run tells, gathered from arguments, model and metrics."""
+"""The card of a run: what it tells, gathered from arguments, model and metrics."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from textwrap import indent
 from typing import Any
 
 from ..embedded import EMBEDDED_FOLDERS
+from ..files import write_whole
 from ..methods import METHODS, PROMPT_METHODS
 from ..reporting import SPLITS
-from ..reporting.card import CardFacts, Result, add_results
+from ..reporting.card import Result, add_results, build_card
 from ..tasks import Task, get_task
 from .arguments import Arguments, MethodArguments, VPTTrainingArguments
 from .checkpoints import labels_of_adapter
@@ -24,7 +25,7 @@ from .model import ParameterCounts
 _HIDDEN = {"hub_model_id", "hub_private_repo", "push_to_hub", "feature_cache_dir", "report_to", "run_name"}
 
 
-def gather_facts(
+def write_card(
     arguments: Arguments,
     counts: ParameterCounts,
     metrics: Mapping[str, float],
@@ -33,8 +34,8 @@ def gather_facts(
     image_processor: Any,
     model_class: str,
     saved_bytes: int,
-) -> CardFacts:
-    """Return the facts for the card of a finished run.
+) -> None:
+    """Write the card of a finished run into its folder, whole or not at all.
 
     Args:
         arguments: as parsed.
@@ -48,46 +49,40 @@ def gather_facts(
     """
     task = get_task(arguments.model.task)
     method, data, training = arguments.method, arguments.data, arguments.training
-    output_dir = Path(training.output_dir or "adapter")
-    peft_tag = ["peft"] if method.method in (*PROMPT_METHODS, "lora") else []
+    folder = Path(training.output_dir or ".")
+    peft_tag = ["peft"] if METHODS[method.method].configure is not None else []
     kept = "the weights of the last epoch are kept"
     if training.load_best_model_at_end:
         kept = f"the weights with the best validation {training.metric_for_best_model} are kept"
-    local_data = Path(data.dataset_name).exists()
-    data_name = _public_name(data.dataset_name)
-    return CardFacts(
-        name=output_dir.name,
-        pipeline_tag=task.pipeline_tag,
-        library="peft" if peft_tag else "transformers",
-        method=METHODS[method.method].markdown,
-        tags=["vpt_peft", task.pipeline_tag, "vision", method.method, *peft_tag],
-        base_name=_public_name(arguments.model.model_name_or_path),
-        data_name=data_name,
-        data_on_hub=not local_data and data.dataset_name != "digits",
-        snippet=_snippet(arguments, task, output_dir, model_class),
-        loading_note=_loading_note(task, output_dir),
-        results=_results(task, metrics),
-        classes=list(classes.values()),
-        protocol={
-            "data_source": f"{data_name} (a local folder)" if local_data else data.dataset_name,
-            "images": ", ".join(f"{count:,} {name}" for name, count in images.items()),
-            "train_split": data.train_split,
-            "validation_split": data.validation_split or "found, or drawn from train",
-            "split_seed": data.split_seed,
-            "augmentation": data.augmentation,
-            "seed": training.seed,
-            "kept": kept,
-            "trained": f"{counts.trainable:,}",
-            "total": f"{counts.total:,}",
-            "share": f"{100 * counts.trainable / counts.total:.2f}",
-            "head": f"{counts.head:,}",
-            "megabytes": f"{saved_bytes / 1e6:.3f}",
-            "seconds": f"{metrics['train_runtime']:,.1f}",
-            "limits": task.limits,
-        },
-        image_processor=image_processor,
-        hyper_parameters=_hyper_parameters(arguments),
-    )
+    local_data, data_name = Path(data.dataset_name).exists(), _public_name(data.dataset_name)
+    metadata = {
+        "model_name": folder.resolve().name,
+        "pipeline_tag": task.pipeline_tag,
+        "library_name": "peft" if peft_tag else "transformers",
+        "tags": ["vpt_peft", task.pipeline_tag, "vision", method.method, *peft_tag],
+        "base_model": _public_name(arguments.model.model_name_or_path),
+        "datasets": [data_name] if not local_data and data.dataset_name != "digits" else None,
+        "data_name": data_name,
+    }
+    fields = {
+        "method": METHODS[method.method].markdown,
+        "snippet": _snippet(arguments, task, folder, model_class).rstrip(),
+        "loading_note": _loading_note(arguments, task, folder),
+        "counts": counts,
+        "saved_bytes": saved_bytes,
+        "seconds": metrics["train_runtime"],
+        "data": data,
+        "data_source": f"{data_name} (a local folder)" if local_data else data.dataset_name,
+        "images": ", ".join(f"{count:,} {name}" for name, count in images.items()),
+        "classes": list(classes.values()),
+        "processor": image_processor,
+        "size": _size(image_processor),
+        "seed": training.seed,
+        "kept": kept,
+        "hyper_parameters": _hyper_parameters(arguments),
+        "limits": task.limits,
+    }
+    write_whole(folder / "README.md", build_card(metadata, _results(task, metrics), fields).content)
 
 
 def add_test_results(folder: str | Path, metrics: Mapping[str, float]) -> None:
@@ -108,6 +103,11 @@ def _results(task: Task, metrics: Mapping[str, float]) -> list[Result]:
 def _public_name(name: str) -> str:
     """Return a Hub id as it is, and of a folder only its name."""
     return Path(name).resolve().name if Path(name).is_dir() else name
+
+
+def _size(processor: Any) -> str:
+    size = getattr(processor, "crop_size", None) or getattr(processor, "size", None) or {}
+    return " x ".join(str(value) for value in dict(size).values()) or "as the image processor says"
 
 
 def _hyper_parameters(arguments: Arguments) -> dict[str, Any]:
@@ -161,12 +161,15 @@ def _snippet(arguments: Arguments, task: Task, folder: Path, model_class: str) -
     )
 
 
-def _loading_note(task: Task, folder: Path) -> str:
+def _loading_note(arguments: Arguments, task: Task, folder: Path) -> str:
     """Return how else an adapter loads, and how the image processor that was used gets in."""
     if not (folder / "adapter_config.json").is_file() or labels_of_adapter(folder) is None:
         return ""
+    # The package, and so the backbone in it, lies at another path elsewhere
+    embedded = arguments.model.model_name_or_path in EMBEDDED_FOLDERS
     return (
+        f"{'On the machine that wrote this folder, ' if embedded else ''}"
         f"`{task.auto_class.__name__}.from_pretrained(adapter)` loads it too, and so does "
         f'`pipeline("{task.pipeline_tag}", adapter, image_processor=adapter)`. Without `image_processor`, `pipeline` '
-        "takes the one of the base model."
+        "takes the image processor of the base model."
     )

@@ -17,11 +17,10 @@ from transformers import EarlyStoppingCallback, set_seed
 
 from ..files import written_beside
 from ..methods.structure import Classifier, base_model
-from ..reporting.card import write_card
 from ..tasks import Task, get_task
 from .arguments import Arguments, MethodArguments, VPTTrainingArguments
 from .checkpoints import WRITTEN, save_trained
-from .facts import gather_facts
+from .facts import write_card
 from .feature_cache import FeatureCache, default_cache_dir
 from .features import FEATURES, CachedForward, SplitPoint, find_split_point
 from .model import build_model, check_trainable, load_image_processor, resolve_model_path
@@ -132,8 +131,7 @@ def train(arguments: Arguments, with_test: bool = True) -> dict[str, float]:
 
     if trainer.is_world_process_zero():
         model_class = type(base_model(trained)).__name__
-        facts = gather_facts(arguments, counts, metrics, classes, images, processor, model_class, saved_bytes)
-        write_card(facts, output_dir)
+        write_card(arguments, counts, metrics, classes, images, processor, model_class, saved_bytes)
     return metrics
 
 
