@@ -108,7 +108,9 @@ def test_mixed_batch_and_merged():
 
 def test_fused_projections():
     """Of a fused projection of query, key and value only the value's part moves."""
-    model = randomize(get_peft_model(build("blip_vision_model"), VPTConfig(num_virtual_tokens=2, bias=["value"]))).eval()
+    model = randomize(
+        get_peft_model(build("blip_vision_model"), VPTConfig(num_virtual_tokens=2, bias=["value"]))
+    ).eval()
     inputs = inputs_of("blip_vision_model")
     plain = model(**inputs)[0]
     moved = copy.deepcopy(model)

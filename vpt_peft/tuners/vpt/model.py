@@ -69,6 +69,9 @@ class VPTModel(BaseTuner):
     adapter_cls = PromptAdapter
     target_module_mapping: dict[str, list[str]] = {}
 
+    def _check_new_adapter_config(self, config: Any) -> None:
+        """Nothing: unlike PEFT's, biases are an adapter's own, so several adapters may have some."""
+
     def check_config(self, config: Any, spec: EncoderSpec) -> None:
         """Check what depends on the encoder, before anything is made.
 
