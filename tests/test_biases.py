@@ -14,7 +14,7 @@ from small_models import images, randomize, tiny_vit
 
 from vpt_peft import EncoderError, VPTConfig
 from vpt_peft.encoder import Projection
-from vpt_peft.tuners.vpt.biases import BiasTarget
+from vpt_peft.encoder.biases import BiasTarget
 from vpt_peft.tuners.vpt.parameters import find_parameters
 
 

@@ -1,6 +1,6 @@
 """Task heads: found, wrapped for each adapter, resized to its labels."""
 
-from .find import check_task_type, find_task_head, modules_to_wrap, trained_modules
+from .find import check_heads, check_task_type, find_task_head, modules_to_wrap, trained_modules
 from .labels import Labels, LabelSwitch, apply_labels, read_labels
 from .resize import build_heads, fit_head
 from .wrapper import HeadWrapper, unwrap_heads, wrap_heads
@@ -12,6 +12,7 @@ __all__ = [
     "Labels",
     "apply_labels",
     "build_heads",
+    "check_heads",
     "check_task_type",
     "find_task_head",
     "fit_head",

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from vpt_peft.encoder import EncoderSpec
 from vpt_peft.encoder.inputs import IMAGE_INPUTS
+from vpt_peft.encoder.quantized import has_packed_weights
 
 
 # What PEFT appends to `modules_to_save` by itself.
@@ -239,3 +240,22 @@ def _is_at(path: str, ancestor: str) -> bool:
 
 def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and not any(True for _ in module.children())
+
+
+def check_heads(model: nn.Module, names: Iterable[str]) -> None:
+    """Check that the modules that are going to train hold no quantised weights.
+
+    Raises:
+        ValueError: Some do.
+    """
+    packed = [
+        path
+        for path, module in model.named_modules()
+        if any(f".{name}." in f".{path}." for name in names) and has_packed_weights(module)
+    ]
+    if packed:
+        raise ValueError(
+            f"modules_to_save: {', '.join(packed)} has quantised weights, which cannot train; leave it as it is when the "
+            "model is quantised (modules_to_not_convert, for bitsandbytes llm_int8_skip_modules), or pass "
+            "modules_to_save=[]."
+        )

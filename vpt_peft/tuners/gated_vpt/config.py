@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from vpt_peft.fields import check_choice, check_flag, check_float, check_int
 from vpt_peft.registration import add_peft_type
-from vpt_peft.tuners.vpt.config import VPTConfig, check_choice, check_flag, check_float, check_int
+from vpt_peft.tuners.vpt.config import VPTConfig
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -169,7 +168,7 @@ def _first_output(
 
 
 def check_quantized(encoder: nn.Module, spec: EncoderSpec, config: VPTConfig, path: str = "") -> None:
-    """Try the quantised maps that prompts run through, or their gradients.
+    """Try the quantised layers that prompts run through, or their gradients.
 
     Args:
         encoder: The encoder.
@@ -178,7 +177,7 @@ def check_quantized(encoder: nn.Module, spec: EncoderSpec, config: VPTConfig, pa
         path: Dotted path of the encoder, for messages.
 
     Raises:
-        EncoderError: A map does not run on as many tokens as there are prompts, or lets no gradient pass.
+        EncoderError: A layer does not run on as many tokens as there are prompts, or lets no gradient pass.
     """
     floats = (
         p.dtype for p in encoder.parameters() if p.is_floating_point() and not p.is_meta and p.element_size() > 1
@@ -186,30 +185,11 @@ def check_quantized(encoder: nn.Module, spec: EncoderSpec, config: VPTConfig, pa
     dtype = next(floats, torch.float32)
     for block, layout in zip(spec.blocks, make_layout(config, spec), strict=True):
         attention = block.attention
-        maps = (attention.key, attention.value) if layout is not None and layout.mode == "kv" else ()
-        alone = {f"{attention.path}.{each.path}" for each in maps if each is not None}
+        projections = (attention.key, attention.value) if layout is not None and layout.mode == "kv" else ()
+        alone = {f"{attention.path}.{each.path}" for each in projections if each is not None}
         for name, module in submodule(encoder, block.path).named_modules():
             if hasattr(module, "in_features") and has_packed_weights(module):
                 rows = config.num_virtual_tokens if name in alone else block.tokens
                 where = ".".join(filter(None, (path, block.path, name)))
                 with in_eval(module):
                     try_map(module, where, rows, dtype, needs_gradient=not config.inference_mode)
-
-
-def check_heads(model: nn.Module, names: Iterable[str]) -> None:
-    """Check that the modules that are going to train hold no quantised weights.
-
-    Raises:
-        ValueError: Some do.
-    """
-    packed = [
-        path
-        for path, module in model.named_modules()
-        if any(f".{name}." in f".{path}." for name in names) and has_packed_weights(module)
-    ]
-    if packed:
-        raise ValueError(
-            f"modules_to_save: {', '.join(packed)} has quantised weights, which cannot train; leave it as it is when the "
-            "model is quantised (modules_to_not_convert, for bitsandbytes llm_int8_skip_modules), or pass "
-            "modules_to_save=[]."
-        )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -44,7 +45,24 @@ class Owner(Protocol):
     def active_names(self) -> list[str]: ...
     def adapter(self, name: str) -> Adapter: ...
     def begin_pass(self) -> ForwardPass: ...
+    def head_modules(self) -> Iterable[nn.Module]: ...
     def device_and_dtype(self) -> tuple[torch.device, torch.dtype]: ...
+
+
+class OwnerRef:
+    """Where a module with hooks finds its owner. A copy of that module alone (of a norm that trains) has the same one."""
+
+    def __init__(self, owner: Owner) -> None:
+        self.owner = owner
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OwnerRef:
+        with_model = any(id(each) in memo for each in (self.owner, self.owner.root, self.owner.encoder))
+        return OwnerRef(copy.deepcopy(self.owner, memo)) if with_model else self
+
+
+def owner_of(module: nn.Module) -> Owner:
+    """The prompts that a module with hooks belongs to."""
+    return module.__dict__["_prompt_owner"].owner
 
 
 BlockPrompts = list[tuple[Adapter, BlockLayout]]

@@ -10,7 +10,7 @@ from torch import nn
 from vpt_peft.active import leave_call, requested_names
 
 from . import pixels
-from .forward_pass import Owner, begin_pass, end_pass
+from .forward_pass import Owner, OwnerRef, begin_pass, end_pass, owner_of
 from .modes import freeze_modes, is_checkpointing, is_reentrant
 
 
@@ -30,7 +30,7 @@ def refuse_replica(module: nn.Module) -> None:
 def enter_model(root: nn.Module, args: tuple) -> None:
     """Forward pre-hook of the model: the call keeps the adapters that are active at this moment."""
     refuse_replica(root)
-    owner: Any = root.__dict__["_prompt_owner"]
+    owner: Any = owner_of(root)
     per_image = requested_names()
     owner.begin_call(owner.active_names() if per_image is None else dict.fromkeys(per_image), per_image)
 
@@ -43,7 +43,7 @@ def leave_model(root: nn.Module, args: tuple, output: Any) -> None:
 def enter_encoder(encoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Forward pre-hook of the encoder: the forward pass begins."""
     refuse_replica(encoder)
-    owner: Any = encoder.__dict__["_prompt_owner"]
+    owner: Any = owner_of(encoder)
     trains = torch.is_grad_enabled() and owner.training
     # Also without gradients: a pass between forward and backward must not change what is run again.
     checkpointing = is_checkpointing(owner.checkpointed)
@@ -62,12 +62,12 @@ def enter_encoder(encoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tu
 
 def leave_encoder(encoder: nn.Module, args: tuple, output: Any) -> None:
     """Forward hook of the encoder: the forward pass ends, also where it failed."""
-    end_pass(encoder.__dict__["_prompt_owner"])
+    end_pass(owner_of(encoder))
 
 
 def attach_model(owner: Owner) -> list[Any]:
     """Register the hooks of the model and the encoder; returns their handles."""
-    owner.encoder.__dict__["_prompt_owner"] = owner.root.__dict__["_prompt_owner"] = owner
+    owner.encoder.__dict__["_prompt_owner"] = owner.root.__dict__["_prompt_owner"] = OwnerRef(owner)
     return [
         owner.root.register_forward_pre_hook(enter_model),
         owner.root.register_forward_hook(leave_model, always_call=True),

@@ -19,6 +19,7 @@ from vpt_peft.heads import (
     Labels,
     LabelSwitch,
     build_heads,
+    check_heads,
     check_task_type,
     find_task_head,
     fit_head,
@@ -27,7 +28,7 @@ from vpt_peft.heads import (
     wrap_heads,
 )
 
-from .check import check_heads, check_key_values, check_quantized, check_skip_unread
+from .check import check_key_values, check_quantized, check_skip_unread
 from .config import VPTConfig
 from .layer import PromptTunerLayer
 from .layout import check_config, make_layout
@@ -217,7 +218,7 @@ class VPTModel(BaseTuner):
         config.modules_to_save = names
         parameters = find_parameters(self.model)
         if parameters is not None:
-            parameters.note_found(adapter_name, self._heads[0])
+            parameters.note_found(adapter_name)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         # PEFT would free the backbone's own biases for `bias`, which here are offsets of the adapter
@@ -243,7 +244,7 @@ class VPTModel(BaseTuner):
             parameters.attach()
         # PEFT asks once for each block
         if adapter_name not in parameters.configs:
-            parameters.update_layer(adapter_name, peft_config, self.adapter_cls)
+            parameters.update_layer(adapter_name, peft_config, self.adapter_cls, self._heads[0])
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

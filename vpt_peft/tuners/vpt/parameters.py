@@ -222,16 +222,30 @@ class VPTParameters(nn.Module, PromptTunerLayer):
             self.adapter_layer_names += (name,)
         return getattr(self, name)
 
-    def update_layer(self, name: str, config: VPTConfig, cls: type[PromptAdapter] = PromptAdapter) -> None:
+    def head_modules(self) -> list[nn.Module]:
+        """The heads of all adapters and what is in them."""
+        paths = dict.fromkeys(path for heads in self.heads.values() for path in heads)
+        return [module for path in paths for module in submodule(self.root, path).modules()]
+
+    def update_layer(
+        self, name: str, config: VPTConfig, cls: type[PromptAdapter] = PromptAdapter, heads: Iterable[str] = ()
+    ) -> None:
         """Make everything trainable of adapter `name`, on the device and in the dtype of the encoder.
 
         An adapter of that name that is there already is replaced.
+
+        Args:
+            name: The adapter.
+            config: Its configuration.
+            cls: What a forward pass uses it as.
+            heads: Dotted paths of its heads from the root.
         """
         device, dtype = self.device_and_dtype()
         layout = make_layout(config, self.spec, self.read)
-        parts = cls.make_parts(self, config, layout, {"device": device, "dtype": dtype})
         if name in self.configs:
             self.take(name)
+        self.heads[name] = list(heads)
+        parts = cls.make_parts(self, config, layout, {"device": device, "dtype": dtype})
         for part, module in parts.items():
             self._container(cls.prefix + part)[name] = module
         self.configs[name], self.layouts[name], self.classes[name] = config, layout, cls
@@ -275,10 +289,8 @@ class VPTParameters(nn.Module, PromptTunerLayer):
                 wrapper._active_adapter = wrapper._active_adapter or back[:1]
         self._use_labels()
 
-    def note_found(self, name: str, heads: list[str] | None = None) -> None:
+    def note_found(self, name: str) -> None:
         """Write what was found in this model into the configuration of adapter `name`: its heads and their labels."""
-        if heads is not None:
-            self.heads[name] = heads
         labels = self.labels.of(name)
         self.configs[name].note_found(modules_to_save=list(self.heads[name]))
         if labels is not None and self.heads[name]:

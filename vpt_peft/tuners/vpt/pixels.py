@@ -11,7 +11,7 @@ from vpt_peft.encoder import submodule
 from vpt_peft.encoder.inputs import IMAGE_INPUTS
 
 from .config import VPTConfig
-from .forward_pass import Adapter, ForwardPass, Owner, current_pass
+from .forward_pass import Adapter, ForwardPass, Owner, OwnerRef, current_pass, owner_of
 from .parameter_set import ParameterSet
 
 
@@ -137,7 +137,7 @@ def require_input_grad(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict
 
 def embed_with_channels(convolution: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
     """Forward hook of the patch embedding: with extra channels the adapter's own embedding replaces the frozen one."""
-    running = current_pass(convolution.__dict__["_prompt_owner"])
+    running = current_pass(owner_of(convolution))
     for adapter in running.adapters if running is not None else ():
         if adapter.config.prompt_location == "channel":
             images, trained = args[0], adapter.parts["patch_embedding"]
@@ -158,7 +158,7 @@ def attach_patch_embedding(owner: Owner) -> list:
     if owner.spec.patch_embedding is None:
         return []
     convolution = submodule(owner.encoder, owner.spec.patch_embedding)
-    convolution.__dict__["_prompt_owner"] = owner
+    convolution.__dict__["_prompt_owner"] = OwnerRef(owner)
     return [convolution.register_forward_hook(embed_with_channels)]
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from vpt_peft.encoder import EncoderSpec, submodule
 
 from .config import VPTConfig
-from .forward_pass import ForwardPass, Owner, current_pass
+from .forward_pass import ForwardPass, Owner, OwnerRef, current_pass, owner_of
 
 
 def pool(config: VPTConfig, spec: EncoderSpec, tokens: torch.Tensor, prompts: torch.Tensor | None) -> torch.Tensor:
@@ -66,14 +66,14 @@ def pool_adapters(running: ForwardPass, tokens: torch.Tensor, norm: nn.Module | 
 
 def pool_before(norm: nn.Module, args: tuple) -> tuple | None:
     """Forward pre-hook of the final norm."""
-    running = current_pass(norm.__dict__["_prompt_owner"])
+    running = current_pass(owner_of(norm))
     tokens = None if running is None else pool_adapters(running, args[0], None)
     return None if tokens is None else (tokens, *args[1:])
 
 
 def pool_after(norm: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
     """Forward hook of the final norm; prompts pass the same norm."""
-    running = current_pass(norm.__dict__["_prompt_owner"])
+    running = current_pass(owner_of(norm))
     return None if running is None else pool_adapters(running, output, norm)
 
 
@@ -82,7 +82,7 @@ def attach_pooling(owner: Owner) -> list[Any]:
     if owner.spec.final_norm is None:
         return []
     norm = submodule(owner.encoder, owner.spec.final_norm)
-    norm.__dict__["_prompt_owner"] = owner
+    norm.__dict__["_prompt_owner"] = OwnerRef(owner)
     return [norm.register_forward_pre_hook(pool_before), norm.register_forward_hook(pool_after)]
 
 
