@@ -3,9 +3,12 @@
 from .attention_maps import attention_maps
 from .encoder import EncoderError
 from .initialization import initialize_prompts
+from .peft_model import extend_peft_model
 from .tuners import GatedVPTConfig, GatedVPTModel, VPTConfig, VPTModel
 from .version import __version__
 
+
+extend_peft_model()
 
 __all__ = [
     "EncoderError",

@@ -161,7 +161,8 @@ def _layout(parameters: VPTParameters, name: str) -> dict[str, tuple[str, list[s
                 layout[official] = ("prompts", [str(block) for block in blocks])
     if "projection" in adapter.parts:
         layout["prompt_proj"] = ("projection", None)
-    gates, temperatures = adapter.parts.get("gates"), adapter.parts.get("temperatures")
+    gates: Any = adapter.parts.get("gates")
+    temperatures: Any = adapter.parts.get("temperatures")
     if gates is not None:
         layout["gate_logit"] = ("gates", list(gates))
     if temperatures is not None:
@@ -221,7 +222,9 @@ def load_official_state_dict(
     for official, (part, keys) in _layout(parameters, adapter_name).items():
         if keys is None:
             module = adapter.parts[part]
-            targets = {f"{official}.{leaf}": [parameter] for leaf, parameter in module.named_parameters()}
+            targets: dict[str, list[Any]] = {
+                f"{official}.{leaf}": [parameter] for leaf, parameter in module.named_parameters()
+            }
         else:
             made = frame if part == "prompts" else None
             targets = {official: [_parameter(adapter, part, key) if made is None else made[key] for key in keys]}

@@ -77,7 +77,8 @@ def bias_targets(owner: Owner, places: str | list[str]) -> dict[str, BiasTarget]
                     f"bias={list(places)!r}: block {index} ({block.path}) has no bias at {place!r}; leave it out, or use "
                     "bias='all', which trains those that there are."
                 )
-            key, size = _key(f"{block.path}.{path}", spec.blocks), module.bias.numel()
+            bias: Any = module.bias
+            key, size = _key(f"{block.path}.{path}", spec.blocks), bias.numel()
             if projection is None or projection.parts == 1:
                 targets[key] = BiasTarget(key, module, size)
             else:

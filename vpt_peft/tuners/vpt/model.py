@@ -69,6 +69,9 @@ class VPTModel(BaseTuner):
     adapter_cls = PromptAdapter
     target_module_mapping: dict[str, list[str]] = {}
 
+    def _check_new_adapter_config(self, config: Any) -> None:
+        """Nothing: unlike PEFT's, biases are an adapter's own, so several adapters may have some."""
+
     def check_config(self, config: Any, spec: EncoderSpec) -> None:
         """Check what depends on the encoder, before anything is made.
 
@@ -192,8 +195,8 @@ class VPTModel(BaseTuner):
         on the model already, by an earlier call, is replaced.
         """
         self._check_name(adapter_name)
-        config, parameters = self.peft_config[adapter_name], find_parameters(self.model)
-        names = config.modules_to_save
+        config: Any = self.peft_config[adapter_name]
+        parameters, names = find_parameters(self.model), config.modules_to_save
         before = None if parameters is None else parameters.take(adapter_name)
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
@@ -282,10 +285,9 @@ class VPTModel(BaseTuner):
                 )
             if safe_merge and not all(p.isfinite().all() for p in parameters.parameters_of(name).values()):
                 raise ValueError(f"adapter {name!r} holds values that are not finite.")
-        for name in names if parameters is not None else ():
-            adapter = parameters.adapter(name)
-            for layer in parameters.layers:
-                layer.merge_prompts(adapter)
+        for layer in parameters.layers if parameters is not None else ():
+            for name in names:
+                layer.merge_prompts(layer.owner.adapter(name))
 
     def unmerge_adapter(self) -> None:
         """Go back from constant keys and values to prompts."""

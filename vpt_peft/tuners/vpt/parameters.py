@@ -165,7 +165,6 @@ class VPTParameters(nn.Module, PromptTunerLayer):
         self.labels = LabelSwitch(root)
         # Changes in place that each adapter's parameters had seen when they were made
         self._drawn: dict[str, int] = {}
-        self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self._handles: list[Any] = []
@@ -179,6 +178,11 @@ class VPTParameters(nn.Module, PromptTunerLayer):
     @property
     def root(self) -> nn.Module:
         return self._modules_around[1]
+
+    @property
+    def merged_adapters(self) -> list[str]:  # type: ignore[override]
+        """Adapters with merged keys and values in some block."""
+        return list(dict.fromkeys(name for layer in self.layers for name in layer.merged_adapters))
 
     def attach(self) -> None:
         """Put a tuner layer into each block and register the hooks of the encoder."""
