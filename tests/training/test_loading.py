@@ -7,7 +7,13 @@ import torch
 from huggingface_hub import hf_hub_download
 from peft import AutoPeftModel
 from PIL import Image
-from transformers import AutoModelForImageClassification, pipeline
+from transformers import (
+    AutoModelForImageClassification,
+    ViTImageProcessorPil,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+    pipeline,
+)
 
 from vpt_peft.embedded import embedded_path
 from vpt_peft.hub import push_adapter
@@ -30,6 +36,23 @@ def test_auto_classes(finished, method, load):
         # The head of the backbone on disk has five labels
         assert torch.equal(model(pixel_values=images).logits, expected) and expected.shape == (2, 10)
     assert model.config.id2label == DIGITS
+
+
+def test_backbones_without_a_class_for_the_task(run, tmp_path):
+    """transformers has no classifier of ViTMAE; PEFT loads it as the ViT it is, and the card names no other way."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    sizes |= {"decoder_" + name: value // 2 for name, value in sizes.items()}
+    ViTMAEForPreTraining(ViTMAEConfig(image_size=16, patch_size=4, **sizes)).save_pretrained(tmp_path / "mae")
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "mae")
+    _, out = run(method="vpt", model_name_or_path=str(tmp_path / "mae"), max_steps=1)
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = load_adapter_model(out)[0](pixel_values=images).logits
+        assert torch.equal(AutoPeftModel.from_pretrained(str(out)).eval()(pixel_values=images).logits, expected)
+    with pytest.raises(ValueError, match="Unrecognized configuration class"):
+        AutoModelForImageClassification.from_pretrained(str(out))
+    card = (out / "README.md").read_text()
+    assert "AutoPeftModel" in card and "AutoModelForImageClassification" not in card
 
 
 def test_pipeline(copied):

@@ -1,9 +1,8 @@
 """The output folder under stress: two runs at once, a full disk, an overwrite that cannot begin."""
 
+import os
 import resource
-import subprocess
-import sys
-from pathlib import Path
+import signal
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from vpt_peft.training.output import claim_output_dir, full_disk_explained, last
 
 
 pytest_plugins = ["training_fixtures"]
-ROOT = Path(__file__).parents[2]
 
 
 def content(folder):
@@ -35,15 +33,14 @@ def test_a_second_run_leaves_the_first_alone(run, copied, make_arguments, given)
     assert not (out / ".lock").exists()
 
 
-def test_the_lock_of_a_killed_run_does_not_hold(run, tmp_path):
-    code = (
-        "import os, signal, sys\nfrom vpt_peft.training.arguments import parse_args\n"
-        "from vpt_peft.training.output import claim_output_dir\n"
-        "with claim_output_dir(parse_args({'output_dir': sys.argv[1]}).training, {}):\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], cwd=ROOT)
-    assert done.returncode == -9 and (tmp_path / "out" / ".lock").exists()
+def test_the_lock_of_a_killed_run_does_not_hold(run, make_arguments, tmp_path):
+    training = make_arguments().training
+    child = os.fork()
+    if child == 0:
+        with claim_output_dir(training, {}):
+            os.kill(os.getpid(), signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL and (tmp_path / "out" / ".lock").exists()
     metrics, out = run(method="linear")
     assert metrics["test_samples"] == 50 and not (out / ".lock").exists()
 

@@ -1,1 +1,1 @@
-"""Fine-tuning around the prompts: data, transforms, metrics, arguments, recipes and the training program."""
+"""The training program: arguments, recipes, the Trainer, checkpoints, and what is done with a finished run."""

@@ -9,6 +9,8 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
+from transformers import AutoConfig
+
 from ..embedded import EMBEDDED_FOLDERS
 from ..files import write_whole
 from ..methods import METHODS, PROMPT_METHODS
@@ -18,7 +20,7 @@ from ..tasks import Task, get_task
 from .arguments import Arguments, MethodArguments, VPTTrainingArguments
 from .checkpoints import labels_of_adapter
 from .inference import read_record
-from .model import ParameterCounts
+from .model import ParameterCounts, resolve_model_path
 
 
 # Where and how a run was done, not what was tried
@@ -164,6 +166,12 @@ def _snippet(arguments: Arguments, task: Task, folder: Path, model_class: str) -
 def _loading_note(arguments: Arguments, task: Task, folder: Path) -> str:
     """Return how else an adapter loads, and how the image processor that was used gets in."""
     if not (folder / "adapter_config.json").is_file() or labels_of_adapter(folder) is None:
+        return ""
+    model = arguments.model
+    name, revision = resolve_model_path(model.model_name_or_path), model.model_revision or "main"
+    config = AutoConfig.from_pretrained(name, revision=revision, token=model.token, cache_dir=model.cache_dir)
+    if type(config) not in task.auto_class._model_mapping:
+        # Checkpoints of ViTMAE, say, for which transformers has no such class
         return ""
     # The package, and so the backbone in it, lies at another path elsewhere
     embedded = arguments.model.model_name_or_path in EMBEDDED_FOLDERS
