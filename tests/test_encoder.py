@@ -80,7 +80,8 @@ def test_prompts_go_to_the_encoder_alone(name: str):
     make, path, depth, _ = COMPOSITES[name]
     model = get_peft_model(make(), VPTConfig(num_virtual_tokens=2, modules_to_save=[]))
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert len(trained) == depth
+    # LLaVA reads the last block but one
+    assert len(trained) == depth - (name == "llava")
     assert all(".vpt_prompts." in name for name in trained)
     assert all(block.startswith(f"{path}.") for block in prompted_blocks(model))
     assert len(prompted_blocks(model)) == depth

@@ -285,7 +285,7 @@ def test_status():
     assert "model.prompt_tuner" in names
     assert {f"model.vit.layers.{index}.prompt_tuner" for index in range(BLOCKS)} <= set(names)
     kinds = {layer.module_type for layer in model.get_layer_status()}
-    assert kinds == {"VPTLayer", "VPTParameters", "ModulesToSaveWrapper"}
+    assert kinds == {"VPTLayer", "VPTParameters", "HeadWrapper"}
     assert model.targeted_module_names == [f"vit.layers.{index}" for index in range(BLOCKS)]
     injected = vit()
     injected.add_adapter(CONFIGS["deep"](), "a")

@@ -21,6 +21,7 @@ class Call:
         per_image: One name per image of a mixed batch, "__base__" for none; `None` where all images share `names`.
         owner: What the adapters belong to.
         adapters: The adapters by name, as they were when the call began.
+        heads: Their copies of heads by the wrapper's `id` and adapter name, likewise.
         before: The call that this one stands in, of another model.
     """
 
@@ -28,6 +29,7 @@ class Call:
     per_image: tuple[str, ...] | None = None
     owner: Any = None
     adapters: Mapping[str, Any] = field(default_factory=dict)
+    heads: Mapping[tuple[int, str], Any] = field(default_factory=dict)
     before: Call | None = None
 
 

@@ -75,6 +75,10 @@ class HeadWrapper(ModulesToSaveWrapper):
         self.prompt_adapters.discard(adapter_name)
 
     def _copy_of(self, name: str) -> nn.Module:
+        """An adapter's copy, as it was when the call began; the original where there is none."""
+        call = current_call()
+        if call is not None and call.heads and (id(self), name) in call.heads:
+            return call.heads[id(self), name]
         return self.modules_to_save[name] if name in self.modules_to_save else self.original_module
 
     def _running(self) -> nn.Module:
@@ -84,9 +88,8 @@ class HeadWrapper(ModulesToSaveWrapper):
         # Another method on this model may have made its own copy the active one
         if call is not None and self.prompt_adapters.issuperset(active):
             active = list(call.names)
-        return next(
-            (self.modules_to_save[name] for name in active if name in self.modules_to_save), self.original_module
-        )
+        copies = (self._copy_of(name) for name in active)
+        return next((copy for copy in copies if copy is not self.original_module), self.original_module)
 
 
 def wrap_heads(

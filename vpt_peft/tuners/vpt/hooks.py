@@ -32,7 +32,7 @@ def enter_model(root: nn.Module, args: tuple) -> None:
     refuse_replica(root)
     owner: Any = owner_of(root)
     per_image = requested_names()
-    owner.begin_call(owner.active_names() if per_image is None else dict.fromkeys(per_image), per_image)
+    owner.begin_call(None if per_image is None else dict.fromkeys(per_image), per_image)
 
 
 def leave_model(root: nn.Module, args: tuple, output: Any) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from vpt_peft.active import mixed_batch
 from vpt_peft.encoder import EncoderSpec, find_encoder, read_blocks, submodule
 from vpt_peft.heads import (
+    HeadWrapper,
     Labels,
     LabelSwitch,
     build_heads,
@@ -24,6 +25,7 @@ from vpt_peft.heads import (
     find_task_head,
     fit_head,
     modules_to_wrap,
+    trained_modules,
     unwrap_heads,
     wrap_heads,
 )
@@ -140,6 +142,7 @@ class VPTModel(BaseTuner):
             inference_mode=config.inference_mode,
             labels=labels,
         )
+        parameters.wrappers = tuple(w for w in trained_modules(self._root()) if isinstance(w, HeadWrapper))
         for path, wrapper in zip(paths, wrappers, strict=True):
             if path in built:
                 fit_head(wrapper, adapter_name, built[path])
@@ -198,12 +201,15 @@ class VPTModel(BaseTuner):
         self._check_name(adapter_name)
         config: Any = self.peft_config[adapter_name]
         parameters, names = find_parameters(self.model), config.modules_to_save
+        earlier = None if parameters is None else parameters.configs.get(adapter_name)
         before = None if parameters is None else parameters.take(adapter_name)
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
             self._wrap_heads(adapter_name, config)
         except Exception:
             self.peft_config.pop(adapter_name, None)
+            if earlier is not None:
+                self.peft_config[adapter_name] = earlier
             config.modules_to_save = names
             attached = find_parameters(self.model)
             if attached is not None and parameters is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from inspect import signature
@@ -28,6 +29,10 @@ from .mixed import MixedBatch
 from .modes import checkpointed_modules, release_checkpointed
 from .parameter_set import ParameterSet
 from .pooling import attach_pooling, detach_pooling
+
+
+# Held while adapters change, so that a call that begins meanwhile sees them before or after
+_changes = threading.RLock()
 
 
 class PromptAdapter:
@@ -163,6 +168,7 @@ class VPTParameters(nn.Module, PromptTunerLayer):
         self.classes: dict[str, type[PromptAdapter]] = {}
         self.heads: dict[str, list[str]] = {}
         self.labels = LabelSwitch(root)
+        self.wrappers: tuple[HeadWrapper, ...] = ()
         # Changes in place that each adapter's parameters had seen when they were made
         self._drawn: dict[str, int] = {}
         self._disable_adapters = False
@@ -246,11 +252,12 @@ class VPTParameters(nn.Module, PromptTunerLayer):
             self.take(name)
         self.heads[name] = list(heads)
         parts = cls.make_parts(self, config, layout, {"device": device, "dtype": dtype})
-        for part, module in parts.items():
-            self._container(cls.prefix + part)[name] = module
-        self.configs[name], self.layouts[name], self.classes[name] = config, layout, cls
-        for layer, block in zip(self.layers, layout, strict=True):
-            layer.add(name, block, config)
+        with _changes:
+            for part, module in parts.items():
+                self._container(cls.prefix + part)[name] = module
+            self.configs[name], self.layouts[name], self.classes[name] = config, layout, cls
+            for layer, block in zip(self.layers, layout, strict=True):
+                layer.add(name, block, config)
         if "biases" in parts:
             biases.attach_offsets(self, config.bias)
         self._drawn[name] = self._count_changes(name)
@@ -258,24 +265,25 @@ class VPTParameters(nn.Module, PromptTunerLayer):
     def take(self, name: str) -> list[tuple[Any, str, Any]]:
         """Take adapter `name` out, whether it is active or not, and return what [`put_back`] needs."""
         taken = []
-        if self.labels.active == name:
-            self.labels.use(None)
-        kept: list[Any] = [
-            getattr(layer, attribute)
-            for layer in (self, *self.layers)
-            for attribute in (*layer.adapter_layer_names, *layer.other_param_names)
-        ]
-        wrappers = [wrapper for wrapper in trained_modules(self.root) if isinstance(wrapper, HeadWrapper)]
-        for wrapper in wrappers:
-            kept.append(wrapper.modules_to_save)
-            if name in wrapper.modules_to_save:
-                wrapper._adapters.discard(name)
-                if name in wrapper.active_adapters:
-                    wrapper._active_adapter = []
-        for entries in (*kept, self.labels.of_adapters):
-            if name in entries:
-                taken.append((entries, name, entries[name]))
-                del entries[name]
+        with _changes:
+            if self.labels.active == name:
+                self.labels.use(None)
+            kept: list[Any] = [
+                getattr(layer, attribute)
+                for layer in (self, *self.layers)
+                for attribute in (*layer.adapter_layer_names, *layer.other_param_names)
+            ]
+            wrappers = [wrapper for wrapper in trained_modules(self.root) if isinstance(wrapper, HeadWrapper)]
+            for wrapper in wrappers:
+                kept.append(wrapper.modules_to_save)
+                if name in wrapper.modules_to_save:
+                    wrapper._adapters.discard(name)
+                    if name in wrapper.active_adapters:
+                        wrapper._active_adapter = []
+            for entries in (*kept, self.labels.of_adapters):
+                if name in entries:
+                    taken.append((entries, name, entries[name]))
+                    del entries[name]
         return taken
 
     def put_back(self, taken: Iterable[tuple[Any, str, Any]] | None) -> None:
@@ -303,19 +311,22 @@ class VPTParameters(nn.Module, PromptTunerLayer):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones; see `BaseTunerLayer.set_adapter`."""
-        super().set_adapter(adapter_names, inference_mode)
-        self._use_labels()
+        with _changes:
+            super().set_adapter(adapter_names, inference_mode)
+            self._use_labels()
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch adapters on or off; see `BaseTunerLayer.enable_adapters`."""
-        super().enable_adapters(enabled)
-        self._use_labels()
+        with _changes:
+            super().enable_adapters(enabled)
+            self._use_labels()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; see `BaseTunerLayer.delete_adapter`."""
-        self.labels.remove(adapter_name)
-        super().delete_adapter(adapter_name)
-        self._use_labels()
+        with _changes:
+            self.labels.remove(adapter_name)
+            super().delete_adapter(adapter_name)
+            self._use_labels()
 
     def adapter(self, name: str) -> PromptAdapter:
         """One adapter with the modules it has at this moment."""
@@ -340,12 +351,25 @@ class VPTParameters(nn.Module, PromptTunerLayer):
         finally:
             leave_call()
 
-    def begin_call(self, names: Iterable[str], per_image: tuple[str, ...] | None = None) -> None:
-        """A call of the model begins in this thread; it keeps these adapters as they are at this moment."""
+    def begin_call(self, names: Iterable[str] | None = None, per_image: tuple[str, ...] | None = None) -> None:
+        """A call of the model begins in this thread; it keeps these adapters, by default the active ones, as they are."""
+        if torch.compiler.is_compiling():
+            self._begin_call(names, per_image)
+        else:
+            with _changes:
+                self._begin_call(names, per_image)
+
+    def _begin_call(self, names: Iterable[str] | None, per_image: tuple[str, ...] | None) -> None:
+        names = self.active_names() if names is None else names
         adapters = {name: self.adapter(name) for name in names if name in self.configs}
         before = current_call()
         before = before if before is not None and before.owner is not self else None
-        enter_call(Call(tuple(adapters), per_image, self, adapters, before))
+        heads: dict[tuple[int, str], nn.Module] = {}
+        for wrapper in () if torch.compiler.is_compiling() else self.wrappers:
+            for name in adapters:
+                if name in wrapper.modules_to_save:
+                    heads[id(wrapper), name] = wrapper.modules_to_save[name]
+        enter_call(Call(tuple(adapters), per_image, self, adapters, heads, before))
 
     def begin_pass(self, checkpointing: bool = False, reentrant: bool = False) -> ForwardPass:
         """A forward pass with the adapters of the call of the model that runs in this thread, or else the active ones."""
