@@ -33,8 +33,9 @@ class ParameterSet(nn.Module):
             self.register_parameter(key, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
 
     def __getitem__(self, key: str) -> nn.Parameter:
-        # Under functional_call and FSDP1 it is a plain tensor
-        return getattr(self, key)
+        parameter = self._parameters.get(key)
+        # Under FSDP1 it is an attribute
+        return getattr(self, key) if parameter is None else parameter
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -59,6 +60,7 @@ class ParameterSet(nn.Module):
                 nn.init.uniform_(self[key], -bound, bound)
 
     def forward(self, key: str) -> torch.Tensor:
+        """A copy of one parameter."""
         return self[key].clone()
 
     def _load_from_state_dict(
