@@ -20,7 +20,7 @@ from transformers.masking_utils import flash_attention_mask
 from vpt_peft import VPTConfig, attention_maps
 from vpt_peft.attention import AttentionExtras
 from vpt_peft.attention.extras import insert_columns, over_rows, widen_mask
-from vpt_peft.tuners.vpt.parameters import PromptAdapter
+from vpt_peft.tuners.vpt.adapter import PromptAdapter
 
 
 PROMPTS = 3

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from .tuners import GatedVPTConfig, VPTConfig
+from .tuners.vpt.adapter import PromptAdapter
 from .tuners.vpt.layout import own_blocks
 from .tuners.vpt.parameter_set import ParameterSet
-from .tuners.vpt.parameters import PromptAdapter, VPTParameters, find_parameters
+from .tuners.vpt.parameters import VPTParameters, find_parameters
 
 
 FAMILIES = ("vit", "moco", "mae", "swin")

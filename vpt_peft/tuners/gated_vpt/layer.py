@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vpt_peft.tuners.vpt.parameters import PromptAdapter, VPTParameters
+from vpt_peft.tuners.vpt.adapter import PromptAdapter
+from vpt_peft.tuners.vpt.forward_pass import Owner
 
 
 class ScalarGate(nn.Module):
@@ -71,16 +72,14 @@ class GatedPromptAdapter(PromptAdapter):
     part_names = (*PromptAdapter.part_names, "gates", "temperatures")
 
     @classmethod
-    def make_parts(
-        cls, parameters: VPTParameters, config: Any, layout: Any, like: dict[str, Any]
-    ) -> dict[str, nn.Module]:
+    def make_parts(cls, owner: Owner, config: Any, layout: Any, like: dict[str, Any]) -> dict[str, nn.Module]:
         """The prompts, and a gate and a temperature for each block that has one."""
-        parts = super().make_parts(parameters, config, layout, like)
+        parts = super().make_parts(owner, config, layout, like)
         gated = [index for index, block in enumerate(layout[:-1]) if block is not None and block.passes_on]
         gated = gated if config.num_gates is None else gated[: config.num_gates]
         if config.gate != "none" and gated:
             kind = ElementwiseGate if config.gate == "elementwise" else ScalarGate
-            widths = {index: parameters.spec.blocks[index].width for index in gated}
+            widths = {index: owner.spec.blocks[index].width for index in gated}
             parts["gates"] = nn.ModuleDict(
                 {str(index): kind(width, config.gate_init, **like) for index, width in widths.items()}
             )

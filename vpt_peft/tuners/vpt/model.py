@@ -30,6 +30,7 @@ from vpt_peft.heads import (
     wrap_heads,
 )
 
+from .adapter import PromptAdapter
 from .check import check_key_values, check_quantized, check_skip_unread
 from .config import VPTConfig
 from .layer import PromptTunerLayer
@@ -37,7 +38,7 @@ from .layout import check_config, make_layout
 from .loading import check_fit, take_out, take_saved_biases
 from .mixed import check_mixed_batch
 from .modes import set_frozen_eval, set_frozen_eval_outside
-from .parameters import PromptAdapter, VPTParameters, find_parameters
+from .parameters import VPTParameters, find_parameters
 
 
 class VPTModel(BaseTuner):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,122 +19,19 @@ from vpt_peft.encoder.quantized import allow_packing, forbid_packing
 from vpt_peft.heads import HeadWrapper, LabelSwitch, trained_modules
 
 from . import biases, pixels
+from .adapter import PromptAdapter
 from .config import VPTConfig
 from .forward_pass import ForwardPass
 from .hooks import attach_model, detach_model
 from .layer import PromptTunerLayer, VPTLayer
-from .layout import Layout, make_layout, own_blocks
+from .layout import Layout, make_layout
 from .mixed import MixedBatch
 from .modes import checkpointed_modules, release_checkpointed
-from .parameter_set import ParameterSet
 from .pooling import attach_pooling, detach_pooling
 
 
 # Held while adapters change, so that a call that begins meanwhile sees them before or after
 _changes = threading.RLock()
-
-
-class PromptAdapter:
-    """One adapter as a forward pass uses it: its configuration, its layout and its parameters.
-
-    Args:
-        parameters: The parameters of all adapters on the encoder.
-        name: The adapter's name.
-        config: Its configuration.
-        layout: What each block does for it.
-        parts: Its modules by the name of the part ("prompts", "projection", ...).
-    """
-
-    prefix = "vpt_"
-    part_names: tuple[str, ...] = ("prompts", "projection", "patch_embedding", "biases")
-
-    def __init__(
-        self, parameters: VPTParameters, name: str, config: VPTConfig, layout: Layout, parts: dict[str, nn.Module]
-    ) -> None:
-        self.parameters, self.name, self.config, self.layout, self.parts = parameters, name, config, layout, parts
-
-    @classmethod
-    def make_parts(
-        cls, parameters: VPTParameters, config: Any, layout: Layout, like: dict[str, Any]
-    ) -> dict[str, nn.Module]:
-        """Everything that trains, with its initial values.
-
-        Args:
-            parameters: The parameters of all adapters on the encoder.
-            config: The configuration.
-            layout: What each block does.
-            like: Keyword arguments of new tensors, their device and dtype.
-        """
-        parts: dict[str, nn.Module] = {}
-        if config.prompt_location in ("pad", "channel"):
-            parts["prompts"] = pixels.make_prompts(parameters, config, like)
-        else:
-            parts["prompts"] = _make_prompts(parameters, config, layout, like)
-        if config.prompt_location == "channel":
-            parts["patch_embedding"] = pixels.make_patch_embedding(parameters, config, like)
-        if config.projection_dim or config.project_patches:
-            parts["projection"] = _make_projection(parameters, config, layout, like)
-        if config.bias != "none":
-            parts["biases"] = biases.make_offsets(parameters, config, like)
-        return parts
-
-    def begin(self) -> None:
-        """Called before a training pass of the encoder."""
-
-    def prompts(self, key: str | None, batch: int) -> torch.Tensor:
-        """Own prompts of a block, projected and with dropout drawn per image: `(1, prompts, width)`, or `(batch, ...)`."""
-        config = self.config
-        prompts = self.parts["prompts"](key)
-        if config.prompt_location == "prepend_pixel":
-            prompts = pixels.embed_strip(self.parameters, prompts)
-        projection = self.parts.get("projection")
-        if projection is not None and (config.projection_dim or key == str(own_blocks(self.layout)[0])):
-            prompts = projection(prompts)
-        prompts = prompts.unsqueeze(0)
-        if config.prompt_dropout > 0.0 and self.parameters.training:
-            prompts = nn.functional.dropout(prompts.expand(batch, -1, -1), config.prompt_dropout, True)
-        return prompts
-
-    def pass_on(self, index: int, entered: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
-        """What goes on to the next block, from block `index`'s input and output prompts `(batch, prompts, width)`."""
-        return left
-
-    def temperature(self, index: int) -> torch.Tensor | None:
-        """The attention temperature of one block, a tensor of one element; `None` without."""
-        return None
-
-    def sources(self) -> list[torch.Tensor]:
-        """The parameters that keys and values are made of."""
-        kept = ("prompts", "projection", "biases")
-        return [p for part in kept if part in self.parts for p in self.parts[part].parameters()]
-
-
-def _make_prompts(parameters: VPTParameters, config: VPTConfig, layout: Layout, like: dict[str, Any]) -> ParameterSet:
-    shapes: dict[str, tuple[int, ...]] = {}
-    bounds: dict[str, float] = {}
-    for index in own_blocks(layout):
-        block, key = parameters.spec.blocks[index], str(index)
-        width = config.projection_dim or block.width
-        count = {"add": block.tokens, "add_shared": 1}.get(config.prompt_location, config.num_virtual_tokens)
-        as_pixels = config.prompt_location == "prepend_pixel"
-        shapes[key] = pixels.strip_shape(parameters, config) if as_pixels else (count, width)
-        bounds[key] = math.sqrt(6.0 / (parameters.patch_values() + width))
-    prompts = ParameterSet(shapes, **like)
-    prompts.reset_parameters(config.init_prompts if config.init_weights else "unit_normal", bounds)
-    return prompts
-
-
-def _make_projection(parameters: VPTParameters, config: VPTConfig, layout: Layout, like: dict[str, Any]) -> nn.Linear:
-    width = parameters.spec.blocks[own_blocks(layout)[0]].width
-    projection = nn.Linear(config.projection_dim or width, width, **like)
-    if not projection.weight.is_meta:
-        nn.init.zeros_(projection.bias)
-        if config.project_patches:
-            # The identity leaves the frozen backbone's patch tokens as they are at the start.
-            nn.init.eye_(projection.weight)
-        else:
-            nn.init.kaiming_normal_(projection.weight, mode="fan_out")
-    return projection
 
 
 class VPTParameters(nn.Module, PromptTunerLayer):
@@ -386,13 +282,6 @@ class VPTParameters(nn.Module, PromptTunerLayer):
     def is_as_drawn(self, name: str) -> bool:
         """Whether no value of an adapter has changed since `update_layer` made it."""
         return self._drawn.get(name) == self._count_changes(name)
-
-    def patch_values(self) -> int:
-        """Number of pixel values in one patch (channels · height · width), for the prompts' initial scale."""
-        if self.spec.patch_embedding is None:
-            return 3 * 16 * 16
-        convolution: Any = submodule(self.encoder, self.spec.patch_embedding)
-        return 3 * math.prod(convolution.kernel_size[-2:])
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         """The parameters of one adapter, named as in `named_parameters()`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,6 +19,14 @@ from .parameter_set import ParameterSet
 # A frame holds raw pixels in [0, 1] that are normalised like the images of the official code.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def patch_values(owner: Owner) -> int:
+    """Number of pixel values in one patch of three channels, which sets the scale of new prompts."""
+    if owner.spec.patch_embedding is None:
+        return 3 * 16 * 16
+    convolution: Any = submodule(owner.encoder, owner.spec.patch_embedding)
+    return 3 * math.prod(convolution.kernel_size[-2:])
 
 
 def strip_shape(owner: Owner, config: VPTConfig) -> tuple[int, int, int]:
