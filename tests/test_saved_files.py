@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from peft_fixtures import needs_heads_to_load
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ViTForImageClassification
 
@@ -51,6 +52,7 @@ def test_saved_again_holds_no_key_of_the_backbone(name: str, tmp_path: Path):
     )
 
 
+@needs_heads_to_load
 @pytest.mark.parametrize("name", ["deep", "gated"])
 def test_transformers_loads_them(name: str, tmp_path: Path):
     shutil.copytree(SAVED / name, tmp_path / name)
