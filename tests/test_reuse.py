@@ -79,6 +79,25 @@ def test_a_refused_attach_puts_the_earlier_adapter_back(monkeypatch: pytest.Monk
     assert find_parameters(backbone).configs["default"].num_virtual_tokens == 3
 
 
+def test_a_refused_first_attach_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch):
+    from vpt_peft.tuners.vpt import model as module
+
+    backbone = tiny_vit()
+    before, kinds = logits(backbone), [type(each) for each in backbone.modules()]
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("on purpose")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "fit_head", fail)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            get_peft_model(backbone, VPTConfig(num_virtual_tokens=5, id2label={0: "a", 1: "b"}))
+    assert [type(each) for each in backbone.modules()] == kinds and find_parameters(backbone) is None
+    assert torch.equal(logits(backbone), before) and backbone.config.num_labels == 7
+    get_peft_model(backbone, VPTConfig(num_virtual_tokens=5, id2label={0: "a", 1: "b"}))
+    assert logits(backbone).shape == (3, 2)
+
+
 def test_deleted_and_added_again_is_fresh():
     model = randomize(get_peft_model(tiny_vit(), VPTConfig(num_virtual_tokens=3)))
     model.add_adapter("other", VPTConfig(num_virtual_tokens=2))

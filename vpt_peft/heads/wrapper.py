@@ -147,16 +147,17 @@ def wrap_heads(
     return wrappers
 
 
-def unwrap_heads(model: nn.Module, use_original: bool = False) -> None:
+def unwrap_heads(model: nn.Module, use_original: bool = False, only_empty: bool = False) -> None:
     """Put heads back in the place of their wrappers: the active adapter's copy, or the original without one.
 
     Args:
         model: The model, or a PEFT model around it.
         use_original: Put the originals back, whatever is active.
+        only_empty: Leave wrappers in which an adapter has a copy.
     """
     root = base_model(model)
     for wrapper in list(trained_modules(root)):
-        if isinstance(wrapper, HeadWrapper):
+        if isinstance(wrapper, HeadWrapper) and not (only_empty and len(wrapper.modules_to_save)):
             _replace(root, wrapper, wrapper.original_module if use_original else wrapper._running())
 
 

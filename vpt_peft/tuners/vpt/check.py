@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -118,16 +119,28 @@ def _run(
     return output
 
 
-def check_skip_unread(root: nn.Module, encoder: nn.Module, spec: EncoderSpec) -> None:
+def check_skip_unread(
+    root: nn.Module, encoder: nn.Module, spec: EncoderSpec, others: Sequence[VPTConfig] = ()
+) -> None:
     """Check on a random input that the model's first output depends on the prefix tokens of the last block alone.
 
     Weights behind the blocks get some noise first: those that are zero (of a fresh head) would hide what is read.
 
+    Args:
+        root: The model.
+        encoder: Its encoder.
+        spec: The encoder's description.
+        others: Configurations of adapters that are on the model already.
+
     Raises:
         EncoderError: It depends on other tokens, or the last block cannot make the prefix tokens alone.
     """
+    if any(config.skip_unread for config in others):
+        return
     last, why = spec.blocks[-1], ""
-    if root is encoder:
+    if others:
+        why = "it is tried out before prompts are attached, and the first adapter did not ask for it"
+    elif root is encoder:
         why = "it has no head, and its output holds all tokens"
     elif not 0 < spec.num_prefix_tokens == len(spec.special) or not last.takes_tokens:
         why = "it has no class or register tokens in front of the others"
@@ -136,24 +149,39 @@ def check_skip_unread(root: nn.Module, encoder: nn.Module, spec: EncoderSpec) ->
     else:
         blocks = {id(p) for block in spec.blocks[:-1] for p in submodule(encoder, block.path).parameters()}
         weights = perturbed((name, p) for name, p in root.named_parameters() if id(p) not in blocks)
-        outputs = [_first_output(root, encoder, spec, weights, skip) for skip in (False, True)]
+        lengths: list[int] = []
+        outputs = [_first_output(root, encoder, spec, weights, skip, lengths) for skip in (False, True)]
         if any(output is None for output in outputs) or outputs[0].shape != outputs[1].shape:  # type: ignore[union-attr]
             why = "it does not run on images alone with the last block cut short"
-        elif _difference(*outputs) > _tolerance(outputs[0]):  # type: ignore[arg-type]
+        elif not _difference(*outputs) <= _tolerance(outputs[0]):  # type: ignore[arg-type]
             why = "its head reads other tokens too"
+        elif lengths[-1] != spec.num_prefix_tokens:
+            why = "its last block takes masks, biases or positions for all tokens"
     if why:
         raise EncoderError(f"skip_unread=True does not fit {type(root).__name__}: {why}; leave it at False.")
 
 
 def _first_output(
-    root: nn.Module, encoder: nn.Module, spec: EncoderSpec, weights: dict[str, torch.Tensor], skip_unread: bool
+    root: nn.Module,
+    encoder: nn.Module,
+    spec: EncoderSpec,
+    weights: dict[str, torch.Tensor],
+    skip_unread: bool,
+    lengths: list[int],
 ) -> torch.Tensor | None:
-    """The first tensor that the model returns with deep prompts; `None` where it fails."""
-    known = root._modules.get("prompt_tuner")
-    if isinstance(known, VPTParameters):
-        return None
+    """The first tensor that the model returns with deep prompts, `None` where it fails.
+
+    `lengths` takes the number of tokens that come to the last block's attention.
+    """
+
+    def count(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        tokens = first_tensor(args) if args else first_tensor(kwargs)
+        lengths.append(-1 if tokens is None else tokens.shape[-2])
+
     parameters = VPTParameters(spec, encoder, root)
     parameters.attach()
+    attention = submodule(encoder, f"{spec.blocks[-1].path}.{spec.blocks[-1].attention.path}")
+    handle = attention.register_forward_pre_hook(count, with_kwargs=True)
     try:
         for inputs in sample_inputs(encoder):
             with in_eval(root), torch.no_grad(), random_state_kept(root):
@@ -163,6 +191,7 @@ def _first_output(
                 except Exception:  # this candidate is not an input of the model
                     continue
     finally:
+        handle.remove()
         parameters.detach()
     return None
 

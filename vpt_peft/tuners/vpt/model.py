@@ -105,7 +105,9 @@ class VPTModel(BaseTuner):
         self.check_config(peft_config, spec)
         encoder = submodule(self.model, path)
         if peft_config.skip_unread:
-            check_skip_unread(self._root(), encoder, spec)
+            check_skip_unread(
+                self._root(), encoder, spec, [] if parameters is None else list(parameters.configs.values())
+            )
         check_quantized(encoder, spec, peft_config, path)
         if parameters is None:
             self._read = read_blocks(self._root(), encoder, spec)
@@ -213,11 +215,12 @@ class VPTModel(BaseTuner):
                 self.peft_config[adapter_name] = earlier
             config.modules_to_save = names
             attached = find_parameters(self.model)
-            if attached is not None and parameters is None:
-                attached.detach()
-            elif attached is not None:
+            if attached is not None:
                 attached.take(adapter_name)
                 attached.put_back(before)
+                unwrap_heads(self.model, only_empty=True)
+            if attached is not None and parameters is None:
+                attached.detach()
             if not hasattr(model, "peft_config") and getattr(model, "_hf_peft_config_loaded", False):
                 # transformers' add_adapter sets this before it injects, and would fail at the next try.
                 model._hf_peft_config_loaded = False  # type: ignore[assignment]
