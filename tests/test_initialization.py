@@ -1,4 +1,4 @@
-"""Data-driven starts of prompts."""
+"""Starts of prompts, at random and from data."""
 
 from __future__ import annotations
 
@@ -28,6 +28,16 @@ def block_inputs(model, data) -> dict[int, torch.Tensor]:
     with torch.no_grad(), model.disable_adapter():
         outputs = [model.eval()(pixel_values=batch["pixel_values"], output_hidden_states=True) for batch in data]
     return {block: torch.cat([output.hidden_states[block] for output in outputs]) for block in range(4)}
+
+
+@pytest.mark.parametrize("method", ["xavier_uniform", "normal"])
+def test_random_starts_have_the_scale_of_a_patch_embedding(method: str):
+    """Drawn within sqrt(6 / (values of a patch + width)), or with the deviation of that."""
+    model, bound = prompted(num_virtual_tokens=500, init_prompts=method), (6 / (3 * 8 * 8 + 32)) ** 0.5
+    for block in range(3):
+        values = prompts_of(model, block)
+        assert float(values.std()) == pytest.approx(bound / 3**0.5, rel=0.03)
+        assert method == "normal" or 0.99 * bound < float(values.abs().max()) <= bound
 
 
 def test_tokens_are_real_patch_tokens_of_their_block():
