@@ -1,0 +1,60 @@
+"""What prompts compute where the official codes give no numbers: each way against another way to the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from small_models import images, randomize, tiny_vit
+from transformers import SwinConfig, SwinForImageClassification
+
+from vpt_peft import VPTConfig
+from vpt_peft.tuners.vpt.parameters import find_parameters
+
+
+def swin() -> SwinForImageClassification:
+    """Two stages, of four windows and of one."""
+    torch.manual_seed(0)
+    sizes = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "window_size": 4, "num_labels": 7}
+    config = SwinConfig(depths=[2, 1], num_heads=[2, 4], initializer_range=0.2, **sizes)
+    return SwinForImageClassification(config).double().eval()
+
+
+def shallow(count: int) -> VPTConfig:
+    return VPTConfig(num_virtual_tokens=count, deep=False, modules_to_save=[])
+
+
+def test_patches_are_projected_once():
+    """At the first block's input, whether prompts are tokens in all blocks or keys and values."""
+    outputs = []
+    for implementation in ("kv", "token"):
+        config = VPTConfig(num_virtual_tokens=3, project_patches=True, implementation=implementation)
+        model = randomize(get_peft_model(tiny_vit(initializer_range=0.2), config)).eval()
+        with torch.no_grad():
+            outputs.append(model(pixel_values=images()).logits)
+    assert torch.allclose(*outputs, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("first, second", [(2, 3), (3, 2)])
+def test_two_shallow_adapters_beside_windows(first: int, second: int):
+    """They are one adapter with the prompts of both."""
+    both = get_peft_model(swin(), shallow(first), adapter_name="a")
+    both.add_adapter("b", shallow(second))
+    both.base_model.set_adapter(["a", "b"])
+    randomize(both)
+    long = get_peft_model(swin(), shallow(first + second))
+    prompts = find_parameters(both).vpt_prompts
+    with torch.no_grad():
+        find_parameters(long).vpt_prompts["default"]["0"].copy_(torch.cat([prompts[name]["0"] for name in "ab"]))
+        found, expected = (model.eval()(pixel_values=images()).logits for model in (both, long))
+    assert torch.allclose(found, expected, rtol=0, atol=1e-10)
+
+
+def test_images_do_not_mix_among_windows():
+    """Prompts that flow on are the mean over the windows of their own image."""
+    model: PeftModel = randomize(get_peft_model(swin(), shallow(3))).eval()  # type: ignore[assignment]
+    batch = images()
+    with torch.no_grad():
+        together = model(pixel_values=batch).logits
+        alone = torch.cat([model(pixel_values=image[None]).logits for image in batch])
+    assert torch.allclose(together, alone, rtol=0, atol=1e-10)
