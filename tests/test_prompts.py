@@ -58,3 +58,48 @@ def test_images_do_not_mix_among_windows():
         together = model(pixel_values=batch).logits
         alone = torch.cat([model(pixel_values=image[None]).logits for image in batch])
     assert torch.allclose(together, alone, rtol=0, atol=1e-10)
+
+
+def test_mixed_batch_over_windows():
+    """Prompts of unequal number and biases, beside the masks of shifted windows: each image as if alone."""
+    configs = {
+        "long": VPTConfig(num_virtual_tokens=5, bias=["value"]),
+        "short": VPTConfig(num_virtual_tokens=2),
+        "moved": VPTConfig(num_virtual_tokens=2, bias=["mlp"]),
+    }
+    model = get_peft_model(swin(), configs["long"], adapter_name="long")
+    for name in ("short", "moved"):
+        model.add_adapter(name, configs[name])
+    randomize(model).eval()
+    names = ["short", "long", "moved", "long"]
+    batch = images(len(names))
+    with torch.no_grad():
+        mixed = model(pixel_values=batch, adapter_names=names).logits
+        for row, name in enumerate(names):
+            model.set_adapter(name)
+            alone = model(pixel_values=batch[row : row + 1]).logits
+            assert torch.allclose(mixed[row : row + 1], alone, rtol=0, atol=1e-6), name
+
+
+def test_a_model_that_runs_inside_another():
+    """Each has its own call and forward pass; the outer ones go on with their adapter when the inner model is done."""
+    inner, outer = (
+        get_peft_model(tiny_vit(), VPTConfig(num_virtual_tokens=count, deep=False), adapter_name="a")
+        for count in (2, 3)
+    )
+    outer.add_adapter("b", VPTConfig(num_virtual_tokens=4, deep=False))
+    randomize(inner).eval(), randomize(outer).eval()
+    batch = images()
+    with torch.no_grad():
+        alone, expected = (model(pixel_values=batch).logits for model in (inner, outer))
+        beside: list[torch.Tensor] = []
+
+        def run_inner(*_: object) -> None:
+            beside.append(inner(pixel_values=batch).logits)
+            outer.set_adapter("b")
+
+        handle = outer.get_base_model().vit.layers[0].mlp.register_forward_hook(run_inner)
+        assert torch.equal(outer(pixel_values=batch).logits, expected)
+        handle.remove()
+        assert len(beside) == 1 and torch.equal(beside[0], alone)
+        assert not torch.equal(outer(pixel_values=batch).logits, expected)

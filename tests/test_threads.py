@@ -13,8 +13,10 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from small_models import images, randomize, tiny_vit
+from transformers import Swinv2Config, Swinv2ForImageClassification
 
 from vpt_peft import GatedVPTConfig, VPTConfig
+from vpt_peft.tuners.vpt.parameters import find_parameters
 
 
 THREADS, PASSES = 4, 25
@@ -116,6 +118,17 @@ def test_mixed_batches(kind: str):
     if kind == "merged":
         model.merge_adapter(["a", "b"])
     assert count_wrong(model, NAMES) == {}
+
+
+def test_prompts_beside_plain_images_in_intercepted_attention():
+    """An encoder without the attention interface: each thread has the interception of its own attention call."""
+    torch.manual_seed(0)
+    sizes = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "window_size": 4, "num_labels": 7}
+    config = Swinv2Config(depths=[2, 1], num_heads=[2, 4], initializer_range=0.2, **sizes)
+    model = get_peft_model(Swinv2ForImageClassification(config).eval(), KINDS["deep"](), adapter_name="a")
+    assert find_parameters(model).layers[0].spec.attention.uses_interface is False  # type: ignore[union-attr]
+    randomize(model).eval()
+    assert count_wrong(model, [None, ["__base__"] * 2, None, ["__base__"] * 5]) == {}
 
 
 @pytest.mark.parametrize(("first", "second"), [("deep", "shallow"), ("gated", "gated"), ("token", "prepend_pixel")])
