@@ -279,7 +279,8 @@ def test_full_maps_of_a_named_adapter():
 
 @needs_maps
 def test_full_maps_in_training_mode_leave_it():
-    model = attach("deep")
+    config = VPTConfig(num_virtual_tokens=PROMPTS, prompt_dropout=0.5)
+    model = randomize(get_peft_model(base(), config)).eval()
     expected = vpt_peft.attention_maps(model, images(2))
     model.train()
     modes = [module.training for module in model.modules()]

@@ -63,6 +63,11 @@ class Own(PreTrainedModel):
             nn.init.constant_(module.bias, -4.6)
 
 
+def test_names_go_by_index_in_whatever_order_they_are_given():
+    labels = Labels.from_names({2: "owl", 0: "robin", 1: "wren"})
+    assert labels.id2label == BIRDS.id2label and labels.label2id == {"robin": 0, "wren": 1, "owl": 2}
+
+
 def test_a_head_is_drawn_as_its_class_does():
     model = vit(torch.float32, initializer_range=0.5)
     weights = vars(model.classifier).copy()

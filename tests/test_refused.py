@@ -73,8 +73,10 @@ def test_what_peft_would_stumble_over_halfway(given: dict[str, Any]):
     name = "birds"
     model = vit()
     before, keys = logits(model, images()), list(model.state_dict())
+    config = CONFIGS["deep"](**given)
     with pytest.raises((TypeError, ValueError), match="cannot be applied"):
-        get_peft_model(model, CONFIGS["deep"](**given), adapter_name=name)
+        get_peft_model(model, config, adapter_name=name)
+    assert config.modules_to_save == given["modules_to_save"]
     assert find_parameters(model) is None and list(model.state_dict()) == keys
     assert torch.equal(logits(model, images()), before)
     prompted = get_peft_model(model, CONFIGS["deep"](), adapter_name="first")
