@@ -36,6 +36,7 @@ class Call:
 class _Local(threading.local):
     call: Call | None = None
     per_image: tuple[str, ...] | None = None
+    asked: Any = None
 
 
 _local = _Local()
@@ -56,16 +57,17 @@ def leave_call() -> None:
     _local.call = None if _local.call is None else _local.call.before
 
 
-def requested_names() -> tuple[str, ...] | None:
-    """The adapter of each image that the caller of this thread asked for, `None` outside of a mixed batch."""
-    return _local.per_image
+def requested_names(owner: Any) -> tuple[str, ...] | None:
+    """The adapter of each image that the caller of this thread asked a model's owner for, `None` outside of a mixed batch."""
+    return _local.per_image if _local.asked is owner else None
 
 
 @contextmanager
-def mixed_batch(names: tuple[str, ...]) -> Iterator[None]:
-    """Calls of the model in this thread run with one adapter per image."""
-    before, _local.per_image = _local.per_image, names
+def mixed_batch(names: tuple[str, ...], owner: Any) -> Iterator[None]:
+    """Calls in this thread of the model that `owner` belongs to run with one adapter per image."""
+    before = _local.per_image, _local.asked
+    _local.per_image, _local.asked = names, owner
     try:
         yield
     finally:
-        _local.per_image = before
+        _local.per_image, _local.asked = before

@@ -45,7 +45,9 @@ def loading_snippet(model: PeftModel, adapter: str) -> str:
         lines += ["from peft import PeftModel", "", f'adapter = "{adapter}"  # this folder, or its id on the Hub']
         lines.append(f"# backbone: the {type(base).__name__} that the adapter was trained on")
         lines.append(f"model = PeftModel.from_pretrained(backbone, adapter{named})")
-    lines += [f'model.load_adapter(adapter, "{name}", subfolder="{name}")' for name in others if name != "default"]
+    for name in others:
+        folder = "" if name == "default" else f', subfolder="{name}"'
+        lines.append(f'model.load_adapter(adapter, "{name}"{folder})')
     return "\n".join(lines)
 
 

@@ -31,7 +31,7 @@ def enter_model(root: nn.Module, args: tuple) -> None:
     """Forward pre-hook of the model: the call keeps the adapters that are active at this moment."""
     refuse_replica(root)
     owner: Any = owner_of(root)
-    per_image = requested_names()
+    per_image = requested_names(owner)
     owner.begin_call(None if per_image is None else dict.fromkeys(per_image), per_image)
 
 

@@ -267,9 +267,8 @@ class VPTModel(BaseTuner):
             raise ValueError(
                 "adapter_names: this encoder takes all images as one sequence; run each adapter's images apart."
             )
-        with mixed_batch(
-            check_mixed_batch(names, parameters.configs, list(self.peft_config), self.training, args, kwargs)
-        ):
+        checked = check_mixed_batch(names, parameters.configs, list(self.peft_config), self.training, args, kwargs)
+        with mixed_batch(checked, parameters):
             yield
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -358,7 +357,7 @@ class VPTModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """`prompt_tuner.vpt_prompts.default.3` is parametersd as `prompt_tuner.vpt_prompts.3`."""
+        """`prompt_tuner.vpt_prompts.default.3` is stored as `prompt_tuner.vpt_prompts.3`."""
         return re.sub(rf"(\.{cls.prefix}[a-z_]+)\.{re.escape(adapter_name)}(?=\.)", r"\1", key)
 
     @classmethod
