@@ -200,7 +200,8 @@ assert plain.peft_type is PeftType.VPT is pickle.loads((folder / "member.pkl").r
 import torch
 held = torch.load(folder / "model.pt", weights_only=False)
 from peft_fixtures import images, logits
-assert torch.equal(logits(held["model"], images()), held["logits"])
+# Other numbers of threads round otherwise
+torch.testing.assert_close(logits(held["model"], images()), held["logits"], rtol=0, atol=1e-12)
 """,
         str(tmp_path),
     )

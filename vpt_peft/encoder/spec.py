@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 
@@ -137,12 +136,7 @@ class EncoderSpec:
 
 def submodule(root: Any, path: str) -> Any:
     """The module at a dotted path, looked up at each call so that wrappers added later are found."""
-    for name in _names(path):
+    for name in path.split(".") if path else ():
         child = root._modules.get(name)
         root = getattr(root, name) if child is None else child
     return root
-
-
-@cache
-def _names(path: str) -> tuple[str, ...]:
-    return tuple(path.split(".")) if path else ()
