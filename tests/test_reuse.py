@@ -30,6 +30,10 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model.eval()(pixel_values=images()).logits
 
 
+def fail(*args, **kwargs) -> None:
+    raise RuntimeError("on purpose")
+
+
 def saved(folder: Path, cls: type, fields: dict, seed: int) -> torch.Tensor:
     model = get_peft_model(tiny_vit(), cls(**{"num_virtual_tokens": 3, **fields}))
     randomize(model, seed).save_pretrained(folder)
@@ -68,9 +72,6 @@ def test_a_refused_attach_puts_the_earlier_adapter_back(monkeypatch: pytest.Monk
     before, labels = logits(model), dict(backbone.config.id2label)
     from vpt_peft.tuners.vpt import model as module
 
-    def fail(*args, **kwargs):
-        raise RuntimeError("on purpose")
-
     with monkeypatch.context() as patched:
         patched.setattr(module, "wrap_heads", fail)
         with pytest.raises(RuntimeError, match="on purpose"):
@@ -84,9 +85,6 @@ def test_a_refused_first_attach_leaves_the_model_as_it_was(monkeypatch: pytest.M
 
     backbone = tiny_vit()
     before, kinds = logits(backbone), [type(each) for each in backbone.modules()]
-
-    def fail(*args, **kwargs):
-        raise RuntimeError("on purpose")
 
     with monkeypatch.context() as patched:
         patched.setattr(module, "fit_head", fail)

@@ -16,7 +16,6 @@ from torch import nn
 from vpt_peft.active import mixed_batch
 from vpt_peft.encoder import EncoderSpec, find_encoder, read_blocks, submodule
 from vpt_peft.heads import (
-    HeadWrapper,
     Labels,
     LabelSwitch,
     build_heads,
@@ -25,7 +24,6 @@ from vpt_peft.heads import (
     find_task_head,
     fit_head,
     modules_to_wrap,
-    trained_modules,
     unwrap_heads,
     wrap_heads,
 )
@@ -145,7 +143,7 @@ class VPTModel(BaseTuner):
             inference_mode=config.inference_mode,
             labels=labels,
         )
-        parameters.wrappers = tuple(w for w in trained_modules(self._root()) if isinstance(w, HeadWrapper))
+        parameters.wrappers = parameters.find_wrappers()
         for path, wrapper in zip(paths, wrappers, strict=True):
             if path in built:
                 fit_head(wrapper, adapter_name, built[path])

@@ -129,6 +129,10 @@ class VPTParameters(nn.Module, PromptTunerLayer):
         paths = dict.fromkeys(path for heads in self.heads.values() for path in heads)
         return [module for path in paths for module in submodule(self.root, path).modules()]
 
+    def find_wrappers(self) -> tuple[HeadWrapper, ...]:
+        """The wrappers of heads, by a walk through the model."""
+        return tuple(wrapper for wrapper in trained_modules(self.root) if isinstance(wrapper, HeadWrapper))
+
     def update_layer(
         self, name: str, config: VPTConfig, cls: type[PromptAdapter] = PromptAdapter, heads: Iterable[str] = ()
     ) -> None:
@@ -169,8 +173,7 @@ class VPTParameters(nn.Module, PromptTunerLayer):
                 for layer in (self, *self.layers)
                 for attribute in (*layer.adapter_layer_names, *layer.other_param_names)
             ]
-            wrappers = [wrapper for wrapper in trained_modules(self.root) if isinstance(wrapper, HeadWrapper)]
-            for wrapper in wrappers:
+            for wrapper in self.find_wrappers():
                 kept.append(wrapper.modules_to_save)
                 if name in wrapper.modules_to_save:
                     wrapper._adapters.discard(name)
@@ -186,11 +189,10 @@ class VPTParameters(nn.Module, PromptTunerLayer):
         """Put an adapter back that [`take`] has taken out."""
         for entries, name, entry in taken or ():
             entries[name] = entry
-        for wrapper in trained_modules(self.root):
-            if isinstance(wrapper, HeadWrapper):
-                back = [name for name in self.active_adapters if name in wrapper.modules_to_save]
-                wrapper._adapters.update(wrapper.modules_to_save)
-                wrapper._active_adapter = wrapper._active_adapter or back[:1]
+        for wrapper in self.find_wrappers():
+            back = [name for name in self.active_adapters if name in wrapper.modules_to_save]
+            wrapper._adapters.update(wrapper.modules_to_save)
+            wrapper._active_adapter = wrapper._active_adapter or back[:1]
         self._use_labels()
 
     def note_found(self, name: str) -> None:
@@ -239,9 +241,9 @@ class VPTParameters(nn.Module, PromptTunerLayer):
         return [] if self._disable_adapters else [name for name in self.active_adapters if name in self.configs]
 
     @contextmanager
-    def call(self, names: Iterable[str], per_image: tuple[str, ...] | None = None) -> Iterator[None]:
+    def call(self, names: Iterable[str]) -> Iterator[None]:
         """A call of the model with these adapters, whatever is active."""
-        self.begin_call(names, per_image)
+        self.begin_call(names)
         try:
             yield
         finally:
@@ -272,9 +274,8 @@ class VPTParameters(nn.Module, PromptTunerLayer):
         call = current_call()
         if call is None or call.owner is not self:
             return ForwardPass(self, [self.adapter(n) for n in self.active_names()], None, checkpointing, reentrant)
-        adapters: list[Any] = [call.adapters[name] for name in call.names if name in call.adapters]
         mixed = None if call.per_image is None else MixedBatch(call.per_image)
-        return ForwardPass(self, adapters, mixed, checkpointing, reentrant)
+        return ForwardPass(self, list(call.adapters.values()), mixed, checkpointing, reentrant)
 
     def _count_changes(self, name: str) -> int:
         return sum(parameter._version for parameter in self.parameters_of(name).values())
