@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= PASSIVE
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test test-docs docs bench lint clean
 
 demo: $(BIN)/.demo
 	HF_HUB_OFFLINE=1 $(BIN)/vpt-peft demo --output_dir out/demo
@@ -28,6 +28,12 @@ $(BIN)/.installed: $(BIN)/.torch setup.cfg pyproject.toml
 
 test: $(BIN)/.installed
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+test-docs: $(BIN)/.installed
+	$(BIN)/python -m pytest -q -n 2 -m docs tests/test_docs.py
+
+docs: $(BIN)/.installed
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet --site-dir out/site
 
 bench: $(BIN)/.installed
 	$(BIN)/python -m benchmarks.cost
