@@ -1,6 +1,6 @@
 """Draw the figures of README and docs: the method, and its cost from the benchmark's results.
 
-    python scripts/draw_figures.py
+python scripts/draw_figures.py
 """
 
 from __future__ import annotations
@@ -42,7 +42,11 @@ def tokens(ax: Axes, x: float, y: float, prompts: bool, faded: bool = False) -> 
         box(ax, x + 0.42 * index, y, 0.36, 0.36, "" if gone else name, "#FFFFFF" if gone else color, 8)
         if gone:
             ax.plot(
-                [x + 0.42 * index, x + 0.42 * index + 0.36], [y, y + 0.36], color=PROMPT, lw=1.2, solid_capstyle="round"
+                [x + 0.42 * index, x + 0.42 * index + 0.36],
+                [y, y + 0.36],
+                color=PROMPT,
+                lw=1.2,
+                solid_capstyle="round",
             )
 
 
@@ -109,7 +113,9 @@ def draw_cost() -> Figure:
             ("deep_token", "VPT-deep as tokens", TOKENS, "s"),
         ):
             points = sorted((row["prompts"], ratio(row, key)) for row in rows if row["method"] == method)
-            ax.plot([0, *(p for p, _ in points)], [1.0, *(r for _, r in points)], color=color, marker=marker, label=label)
+            ax.plot(
+                [0, *(p for p, _ in points)], [1.0, *(r for _, r in points)], color=color, marker=marker, label=label
+            )
         for method, label, color, style in (("lora", "LoRA r=8", LORA, "--"), ("full", "full fine-tuning", FULL, ":")):
             (value,) = (ratio(row, key) for row in rows if row["method"] == method)
             ax.axhline(value, color=color, ls=style, label=label)

@@ -1,6 +1,6 @@
 """Write docs/encoders.md: what every vision encoder of transformers takes, tried on tiny models of the tests.
 
-    python scripts/encoders_page.py
+python scripts/encoders_page.py
 """
 
 from __future__ import annotations
