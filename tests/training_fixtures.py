@@ -13,6 +13,15 @@ from vpt_peft.training.arguments import parse_args
 from vpt_peft.training.train import train
 
 
+@pytest.fixture(scope="session", autouse=True)
+def feature_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Where features are cached unless a test says otherwise."""
+    folder = tmp_path_factory.mktemp("features")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vpt_peft.training.train.default_cache_dir", lambda: folder)
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a random ViT: 3 blocks of width 32, 16 px images, a head of 5 labels, dropout 0.1."""

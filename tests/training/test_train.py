@@ -266,3 +266,13 @@ def test_two_processes_write_once_and_train_alike(tiny_vit, tmp_path):
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
     metrics = [json.loads((out / "all_results.json").read_text()) for out in outs]
     assert metrics[0]["test_accuracy"] == metrics[1]["test_accuracy"]
+
+
+def test_validation_images_are_trained_on_when_settings_are_chosen(run, make_arguments):
+    metrics, folder = run(method="linear", train_on_validation=True)
+    assert metrics["train_samples"] == 96 + 50 and metrics["test_samples"] == 50
+    assert not any(name.startswith("eval_") for name in metrics) and not (folder / "eval_results.json").exists()
+    assert metrics["saved_bytes"] == (folder / "vpt_peft_baseline.safetensors").stat().st_size
+    assert "the weights of the last epoch are kept" in (folder / "README.md").read_text()
+    with pytest.raises(ValueError, match="leaves nothing to evaluate on"):
+        make_arguments(train_on_validation=True, early_stopping_patience=2)

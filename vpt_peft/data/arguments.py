@@ -54,6 +54,12 @@ class DataArguments:
             "resize_crop_flip: shorter side to 256/224 of the input size, random crop and flip (FGVC protocol)."
         },
     )
+    train_on_validation: bool = field(
+        default=False,
+        metadata={
+            "help": "Train on the validation images too, for the number of epochs given, once settings are chosen."
+        },
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most this many images."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most this many images."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Test on at most this many images."})

@@ -108,11 +108,12 @@ class MethodArguments:
         default=None, metadata={"help": "Stop after this many evaluations without improvement."}
     )
     cache_features: bool = field(
-        default=False, metadata={"help": "Compute the features below the first trained block once and reuse them."}
+        default=True,
+        metadata={"help": "Compute features below the first trained block once and reuse them where that is exact."},
     )
     feature_cache_dir: str | None = field(default=None, metadata={"help": "Folder of cached features."})
     feature_cache_limit_gb: float = field(
-        default=10.0, metadata={"help": "Most gigabytes (10^9) that folder may hold."}
+        default=10.0, metadata={"help": "Most gigabytes (10^9) in that folder; the oldest features go."}
     )
 
     def __post_init__(self) -> None:
@@ -258,6 +259,14 @@ def parse_args(argv: Sequence[str] | Mapping[str, Any]) -> Arguments:
         raise SystemExit(0)
     given = vars(parser.without_defaults().parse_args(tokens))
     given |= recipe_defaults(given)
+    if given.get("train_on_validation"):
+        # Nothing is left to evaluate on while training
+        given = {"eval_strategy": "no", "load_best_model_at_end": False, **given}
+        if given["eval_strategy"] != "no" or "early_stopping_patience" in given:
+            raise ValueError(
+                "train_on_validation=True leaves nothing to evaluate on while training; drop eval_strategy and "
+                "early_stopping_patience."
+            )
     try:
         model, data, method, training = parser.parse_dict(given | _task_defaults(given))
     except TypeError as error:

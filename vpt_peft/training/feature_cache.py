@@ -25,6 +25,10 @@ from .features import FEATURES, SplitPoint
 from .optim import split_trainable
 
 
+class FeaturesTooLarge(OSError):
+    """There is no room for the features."""
+
+
 class CachedFeatures(Dataset):
     """Cached features with their targets: {"cached_features": (..., hidden)} and the targets of the task.
 
@@ -84,7 +88,8 @@ class FeatureCache:
             task: makes batches of `transformed`.
 
         Raises:
-            OSError: the arrays would exceed the limit or the free space; sizes and folder are named.
+            FeaturesTooLarge: they would exceed the limit or the free space; sizes and folder are named.
+            ValueError: the split point ran more than once.
         """
         key = {**self._key, "dataset": dataset_fingerprint(split), "rows": len(split)}
         text = json.dumps(key, sort_keys=True, default=str)
@@ -94,6 +99,7 @@ class FeatureCache:
             self._compute(transformed, task, entry, text)
         elif (entry / "key.json").read_text(encoding="utf-8") != text:
             raise OSError(f"cached features in {entry} belong to another run; delete that folder.")
+        os.utime(entry)
         return CachedFeatures(path, task.targets(split))
 
     def _compute(self, rows: datasets.Dataset, task: Task, entry: Path, key: str) -> None:
@@ -106,15 +112,19 @@ class FeatureCache:
                 features = self._features(batch["pixel_values"].to(device)).float().cpu().numpy()
                 if array is None:
                     shape = (len(rows), *features.shape[1:])
-                    self._check_space(int(np.prod(shape)) * 4)
+                    self._make_space(int(np.prod(shape)) * 4)
                     array = np.lib.format.open_memmap(scratch / "features.npy", "w+", np.float32, shape)
                 array[start : start + len(features)] = features
                 start += len(features)
             assert array is not None
             array.flush()
             (scratch / "key.json").write_text(key, encoding="utf-8")
-            if not entry.exists():
+            try:
                 os.rename(scratch, entry)
+            except OSError:
+                # Another process was faster
+                if not entry.is_dir():
+                    raise
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -133,24 +143,31 @@ class FeatureCache:
         finally:
             handle.remove()
         if len(caught) != 1:
-            raise ValueError(
-                f"cache_features: {self.split_point.name} ran {len(caught)} times; leave cache_features out."
-            )
+            raise ValueError(f"{self.split_point.name} ran {len(caught)} times")
         return caught[0]
 
-    def _check_space(self, needed: int) -> None:
-        held = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
-        if held + needed > self.limit_bytes:
-            raise OSError(
-                f"cached features need {needed / 1e9:.3g} GB; {self.folder} holds {held / 1e9:.3g} GB of at most "
-                f"{self.limit_bytes / 1e9:.3g} GB. Raise feature_cache_limit_gb, delete what is old there, or leave "
-                "cache_features out."
+    def _make_space(self, needed: int) -> None:
+        """Delete what was used longest ago until the limit is kept."""
+        entries = sorted((path for path in self.folder.iterdir() if path.name[0] != "."), key=_last_use)
+        sizes = {entry: sum(path.stat().st_size for path in entry.iterdir()) for entry in entries}
+        if needed > self.limit_bytes:
+            raise FeaturesTooLarge(
+                f"cached features need {needed / 1e9:.3g} GB, and feature_cache_limit_gb allows "
+                f"{self.limit_bytes / 1e9:.3g} GB"
             )
+        while entries and sum(sizes.values()) + needed > self.limit_bytes:
+            oldest = entries.pop(0)
+            shutil.rmtree(oldest, ignore_errors=True)
+            del sizes[oldest]
         free = shutil.disk_usage(self.folder).free
         if needed > free:
-            raise OSError(
-                f"cached features need {needed / 1e9:.3g} GB, but {self.folder} has {free / 1e9:.3g} GB free."
+            raise FeaturesTooLarge(
+                f"cached features need {needed / 1e9:.3g} GB, and {self.folder} has {free / 1e9:.3g} GB free"
             )
+
+
+def _last_use(entry: Path) -> float:
+    return entry.stat().st_mtime
 
 
 def default_cache_dir() -> Path:

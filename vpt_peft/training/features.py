@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.func import functional_call
 
 from ..encoder.trace import perturbed
 from ..methods import PROMPT_METHODS
-from ..methods.structure import Classifier, base_model, find_blocks, find_head
+from ..methods.structure import Classifier, base_model, find_blocks, find_final_norm, find_head
 from .arguments import MethodArguments
 from .optim import split_trainable
 
@@ -43,41 +44,34 @@ class SplitPoint:
     skipped: tuple[nn.Module, ...]
 
 
-def find_split_point(model: Classifier, method: MethodArguments, augmentation: str) -> SplitPoint:
-    """Return where the frozen part of a model of `build_model` ends.
+def find_split_point(model: Classifier, method: MethodArguments, augmentation: str) -> SplitPoint | None:
+    """Return where the frozen part of a model of `build_model` ends, or None where features would not be exact.
 
-    Raises:
-        ValueError: nothing of the model is frozen below what trains, or images are augmented at random.
+    That is where images are augmented at random, or where something trains in the first block or before it.
     """
-    name = method.method
-    if augmentation == "resize_crop_flip":
-        raise ValueError("cache_features needs the same image every epoch; set augmentation to 'none' or 'resize'.")
+    if augmentation == "resize_crop_flip" or method.prompt_location in _INPUT_PROMPTS or method.method == "sidetune":
+        return None
     base = base_model(model)
-    if name in ("linear", "mlp"):
-        head = list(find_head(base).values())
-        if len(head) != 1:
-            raise ValueError(f"cache_features: {type(base).__name__} has {len(head)} heads; leave cache_features out.")
-        return SplitPoint("head", head[0], tuple(find_blocks(base)))
-    if name == "partial":
-        blocks = find_blocks(base)
-        first = len(blocks) - method.partial_blocks
-    elif name in PROMPT_METHODS:
-        if method.prompt_location in _INPUT_PROMPTS:
-            raise ValueError(
-                f"cache_features: prompt_location={method.prompt_location!r} changes the images themselves."
-            )
+    heads = list(find_head(base).values())
+    trained = {id(p) for group in split_trainable(model).values() for p in group.values()}
+    trained -= {id(p) for head in heads for p in head.parameters()}
+    if not trained:
+        return SplitPoint("head", heads[0], tuple(find_blocks(base))) if len(heads) == 1 else None
+    if isinstance(model, PeftModel) and getattr(model.peft_config[model.active_adapter], "bias", "none") != "none":
+        return None
+    with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+        blocks, norm = find_blocks(base), find_final_norm(base)
+    if norm is not None:
+        trained -= {id(p) for p in norm.parameters()}
+    inside = [trained & {id(p) for p in block.parameters()} for block in blocks]
+    if method.method in PROMPT_METHODS:
+        # Prompts need not lie in the block that they enter
         first = min(method.layers_to_transform or [0])
-        assert isinstance(model, PeftModel)
-        with model.disable_adapter():
-            blocks = find_blocks(base)
+    elif set().union(*inside) == trained:
+        first = next((index for index, each in enumerate(inside) if each), 0)
     else:
-        raise ValueError(f"cache_features: method={name!r} trains in all blocks, so there is nothing to keep.")
-    if first < 1:
-        raise ValueError(
-            f"cache_features: method={name!r} trains from the first block on, so there is nothing to keep; "
-            "give later blocks by --layers_to_transform, or leave cache_features out."
-        )
-    return SplitPoint(f"block {first}", blocks[first], tuple(blocks[:first]))
+        return None
+    return SplitPoint(f"block {first}", blocks[first], tuple(blocks[:first])) if first else None
 
 
 class CachedForward:
@@ -114,11 +108,13 @@ class CachedForward:
             del block.forward
 
     @torch.no_grad()
-    def check(self, pixel_values: torch.Tensor, features: torch.Tensor) -> None:
-        """Compare logits of images and of their features, with noise in the head, which may be zero.
+    def is_exact(self, pixel_values: torch.Tensor, features: torch.Tensor, tolerance: float = 1e-4) -> bool:
+        """Whether logits of images and of their features agree, with noise in the head, which may be zero.
 
-        Raises:
-            ValueError: they differ, so this model's blocks cannot be skipped.
+        Args:
+            pixel_values: images `(batch, 3, height, width)`.
+            features: theirs, as they were cached.
+            tolerance: largest difference, relative to the largest logit where that is above 1.
         """
         self.model.eval()
         head = perturbed(split_trainable(self.model)["head"].items())
@@ -129,11 +125,7 @@ class CachedForward:
             self._one_blank = False
             logits = functional_call(self.model, head, kwargs={FEATURES: features}).logits
         difference = (logits - expected).abs().max().item()
-        if not difference <= 1e-4 * max(1.0, expected.abs().max().item()):
-            raise ValueError(
-                f"cache_features: logits from features differ by {difference:.2g} in {type(self.model).__name__}; "
-                "leave cache_features out."
-            )
+        return difference <= tolerance * max(1.0, expected.abs().max().item())
 
     def _take_features(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if FEATURES not in kwargs:

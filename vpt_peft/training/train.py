@@ -21,7 +21,7 @@ from ..tasks import Task, get_task
 from .arguments import Arguments, MethodArguments, VPTTrainingArguments
 from .checkpoints import WRITTEN, save_trained
 from .facts import write_card
-from .feature_cache import FeatureCache, default_cache_dir
+from .feature_cache import FeatureCache, FeaturesTooLarge, default_cache_dir
 from .features import FEATURES, CachedForward, SplitPoint, find_split_point
 from .model import build_model, check_trainable, load_image_processor, resolve_model_path
 from .output import claim_output_dir, full_disk_explained, last_checkpoint, prepare_output_dir
@@ -62,6 +62,8 @@ def train(arguments: Arguments, with_test: bool = True) -> dict[str, float]:
         splits = task.read(data_args, token=model_args.token, cache_dir=model_args.cache_dir)
     if not with_test:
         splits.pop("test", None)
+    if data_args.train_on_validation:
+        splits["train"] = datasets.concatenate_datasets([splits["train"], splits.pop("validation")])
     classes = task.id2label(splits["train"])
     images = {name: len(split) for name, split in splits.items()}
     processor = load_image_processor(model_args)
@@ -76,7 +78,9 @@ def train(arguments: Arguments, with_test: bool = True) -> dict[str, float]:
     set_seed(training.seed)
     model = build_model(model_args, method, classes)
     counts = check_trainable(model, method.method)
-    split_point = find_split_point(model, method, data_args.augmentation) if method.cache_features else None
+    split_point = None
+    if method.cache_features and features_can_be_fed(training):
+        split_point = find_split_point(model, method, data_args.augmentation)
     if method.init_method not in (None, "random"):
         start_prompts(task, model, rows["train"], method, training)
 
@@ -95,7 +99,7 @@ def train(arguments: Arguments, with_test: bool = True) -> dict[str, float]:
             model=model,
             args=training,
             train_dataset=inputs["train"],
-            eval_dataset=inputs["validation"],
+            eval_dataset=inputs.get("validation"),
             processing_class=processor,
         )
         if method.early_stopping_patience is not None:
@@ -110,6 +114,7 @@ def train(arguments: Arguments, with_test: bool = True) -> dict[str, float]:
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except TrainingDiverged as error:
             raise TrainingDiverged(what_to_lower(error, arguments)) from error
+        saved_bytes = 0
         if trainer.is_world_process_zero():
             trained = trainer.accelerator.unwrap_model(trainer.model)
             saved_bytes = save_result(trained, model_args.model_name_or_path, processor, output_dir)
@@ -118,6 +123,9 @@ def train(arguments: Arguments, with_test: bool = True) -> dict[str, float]:
         metrics = {
             **result.metrics,
             "trainable_parameters": counts.trainable,
+            "head_parameters": counts.head,
+            "total_parameters": counts.total,
+            "saved_bytes": saved_bytes,
             "train_samples": images["train"],
         }
         trainer.save_metrics("train", metrics)
@@ -146,6 +154,12 @@ def start_prompts(
     initialize_prompts(model, loader, method=str(method.init_method), seed=training.seed)
 
 
+def features_can_be_fed(training: VPTTrainingArguments) -> bool:
+    """Whether the forward pass runs as it is written: not twice, not compiled, not split over devices."""
+    wrapped = training.gradient_checkpointing or training.torch_compile or training.fsdp or training.deepspeed
+    return not wrapped and training.n_gpu <= 1
+
+
 def cache_splits(
     stack: contextlib.ExitStack,
     task: Task,
@@ -156,21 +170,33 @@ def cache_splits(
     processor: Any,
     arguments: Arguments,
 ) -> dict[str, Any]:
-    """Cache the features of every split, and let the model start from them until `stack` is closed."""
+    """Cache the features of every split, and let the model start from them until `stack` is closed.
+
+    Returns:
+        By split the features, or the images as they are where features are too large or not exact.
+    """
     _, data_args, method, training, _ = arguments
     autocast = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
     folder = Path(method.feature_cache_dir) if method.feature_cache_dir else default_cache_dir()
     preprocessing = {"augmentation": data_args.augmentation, "image_processor": processor.to_dict()}
     cache = FeatureCache(model, split_point, preprocessing, folder, int(method.feature_cache_limit_gb * 1e9), autocast)
-    with training.main_process_first(desc="computing features"):
-        cached = {name: cache.store(split, rows[name], task) for name, split in splits.items()}
-    logger.info("Features before the %s are in %s.", split_point.name, folder)
-    probe = range(min(4, len(rows["validation"])))
-    images = task.collate([rows["validation"][index] for index in probe])["pixel_values"].to(training.device)
-    forward = stack.enter_context(CachedForward(model, split_point, images.shape[1:]))
-    if autocast is None:
-        features = task.collate([cached["validation"][index] for index in probe])[FEATURES]
-        forward.check(images, features.to(training.device))
+    try:
+        with training.main_process_first(desc="computing features"):
+            cached = {name: cache.store(split, rows[name], task) for name, split in splits.items()}
+    except (FeaturesTooLarge, ValueError) as error:
+        logger.warning("Features are not cached, so every epoch runs the whole model: %s.", error)
+        return dict(rows)
+    probe = range(min(4, len(rows["train"])))
+    images = task.collate([rows["train"][index] for index in probe])["pixel_values"].to(training.device)
+    features = task.collate([cached["train"][index] for index in probe])[FEATURES].to(training.device)
+    forward = CachedForward(model, split_point, images.shape[1:])
+    with forward, torch.autocast(images.device.type, autocast, autocast is not None):
+        exact = forward.is_exact(images, features, 1e-4 if autocast is None else 2e-2)
+    if not exact:
+        logger.warning("Features are not cached, so every epoch runs the whole model: they would not be exact.")
+        return dict(rows)
+    stack.enter_context(forward)
+    logger.info("Starts from features before the %s, cached in %s.", split_point.name, folder)
     return cached
 
 
