@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..reporting import Shown, shown
+from .figures import new_figure, save_figure
 from .runs import Run, find_runs, group_runs
 
 
@@ -107,22 +108,12 @@ def plot(paths: Iterable[str | Path], output_file: str | Path, kind: str = "curv
     """
     if kind not in _KINDS:
         raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}.")
-    groups, output_file = group_runs(find_runs(paths)), Path(output_file)
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("plots need matplotlib: pip install 'vpt_peft[plots]'.") from error
+    groups = group_runs(find_runs(paths))
     panels, draw = _KINDS[kind]
-    figure = Figure(figsize=(4.5 * panels + 0.5, 3.6 + 0.25 * math.ceil(len(groups) / 2)), layout="constrained")
-    known = FigureCanvasAgg(figure).get_supported_filetypes()
-    if output_file.suffix[1:].lower() not in known:
-        raise ValueError(f"output_file={str(output_file)!r} must end in one of .{', .'.join(sorted(known))}.")
+    figure = new_figure(4.5 * panels + 0.5, 3.6 + 0.25 * math.ceil(len(groups) / 2))
     axes = figure.subplots(1, panels, squeeze=False)[0]
     draw(groups, axes)
     for ax in axes:
         ax.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    output_file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output_file, dpi=150)
-    return output_file
+    return save_figure(figure, output_file)
