@@ -1,5 +1,9 @@
 """Visual Prompt Tuning and Gated Prompt Tuning as PEFT methods; importing the package registers both."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from .attention_maps import attention_maps
 from .encoder import EncoderError
 from .initialization import initialize_prompts
@@ -7,6 +11,9 @@ from .peft_model import extend_peft_model
 from .tuners import GatedVPTConfig, GatedVPTModel, VPTConfig, VPTModel
 from .version import __version__
 
+
+if TYPE_CHECKING:
+    from .training.trainer_inputs import training_recipe
 
 extend_peft_model()
 
@@ -19,4 +26,16 @@ __all__ = [
     "__version__",
     "attention_maps",
     "initialize_prompts",
+    "training_recipe",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # What trains needs packages of the extra "train", and seconds to import
+    if name != "training_recipe":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from .training.trainer_inputs import training_recipe
+    except ModuleNotFoundError as error:
+        raise ImportError(f'training_recipe needs {error.name}: pip install "vpt_peft[train]"') from error
+    return training_recipe

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from vpt_peft.tasks.classification import TASK
 from vpt_peft.training.model import build_model
 from vpt_peft.training.optim import parameter_groups, split_trainable
 from vpt_peft.training.recipes import recipe_defaults
@@ -89,7 +88,7 @@ def test_paper_rates(make_arguments, given, rate):
 def test_paper_optimizer_is_sgd_with_momentum(make_arguments):
     arguments = make_arguments(recipe="gpt_paper", method="linear")
     model = build(arguments)
-    trainer = VPTTrainer(task=TASK, method=arguments.method, model=model, args=arguments.training, eval_dataset=[{}])
+    trainer = VPTTrainer(method=arguments.method, model=model, args=arguments.training, eval_dataset=[{}])
     optimizer = trainer.create_optimizer()
     assert type(optimizer) is torch.optim.SGD
     assert {(g["momentum"], g["weight_decay"], g["lr"]) for g in optimizer.param_groups} == {(0.9, 0.0, 0.5)}

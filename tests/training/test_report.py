@@ -20,12 +20,13 @@ def trainer_of(make_arguments):
         rows = rows.with_transform(TASK.transform(load_image_processor(arguments.model)))
         model = build_model(arguments.model, arguments.method, dict(enumerate("abcdefghij")))
         return VPTTrainer(
-            task=TASK,
             method=arguments.method,
             model=model,
             args=arguments.training,
             train_dataset=rows,
             eval_dataset=rows,
+            data_collator=TASK.collate,
+            compute_metrics=TASK.compute_metrics(),
         )
 
     return make

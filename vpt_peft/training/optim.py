@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
+from transformers import Trainer
 
 from ..heads import trained_modules
 from ..methods.structure import Classifier, find_head
@@ -56,3 +58,11 @@ def parameter_groups(
             if params:
                 groups.append({"params": params, "lr": rate, "weight_decay": weight_decay, "name": group_name})
     return groups
+
+
+def make_optimizer(
+    model: Classifier, method: MethodArguments, training: VPTTrainingArguments
+) -> torch.optim.Optimizer:
+    """Return the optimizer that `training.optim` names, over the groups of `parameter_groups`."""
+    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(training, model)  # type: ignore[arg-type]
+    return optimizer_class(parameter_groups(model, method, training), **options)

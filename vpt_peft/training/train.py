@@ -12,13 +12,12 @@ import datasets
 import torch
 from accelerate import PartialState
 from peft import PeftModel
-from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, set_seed
 
 from ..files import written_beside
 from ..methods.structure import Classifier, base_model
 from ..tasks import Task, get_task
-from .arguments import Arguments, MethodArguments, VPTTrainingArguments
+from .arguments import Arguments, VPTTrainingArguments
 from .checkpoints import WRITTEN, save_trained
 from .facts import write_card
 from .feature_cache import FeatureCache, FeaturesTooLarge, default_cache_dir
@@ -27,6 +26,7 @@ from .model import build_model, check_trainable, load_image_processor, resolve_m
 from .output import claim_output_dir, full_disk_explained, last_checkpoint, prepare_output_dir
 from .report import describe_run, measure_step
 from .trainer import TrainingDiverged, VPTTrainer
+from .trainer_inputs import start_prompts, trainer_inputs
 
 
 logger = logging.getLogger(__name__)
@@ -81,8 +81,7 @@ def train(arguments: Arguments, with_test: bool = True) -> dict[str, float]:
     split_point = None
     if method.cache_features and features_can_be_fed(training):
         split_point = find_split_point(model, method, data_args.augmentation)
-    if method.init_method not in (None, "random"):
-        start_prompts(task, model, rows["train"], method, training)
+    start_prompts(task, model, rows["train"], method, training)
 
     output_dir = Path(training.output_dir or ".")
     with contextlib.ExitStack() as stack:
@@ -94,13 +93,10 @@ def train(arguments: Arguments, with_test: bool = True) -> dict[str, float]:
             model.to(training.device)  # type: ignore[arg-type]
             inputs = cache_splits(stack, task, model, split_point, splits, rows, processor, arguments)
         trainer = VPTTrainer(
-            task=task,
             method=method,
-            model=model,
-            args=training,
-            train_dataset=inputs["train"],
-            eval_dataset=inputs.get("validation"),
+            metrics=[metric.name for metric in task.metrics],
             processing_class=processor,
+            **trainer_inputs(task, model, training, inputs["train"], inputs.get("validation")),
         )
         if method.early_stopping_patience is not None:
             training.restore_callback_states_from_checkpoint = True
@@ -141,17 +137,6 @@ def train(arguments: Arguments, with_test: bool = True) -> dict[str, float]:
         model_class = type(base_model(trained)).__name__
         write_card(arguments, counts, metrics, classes, images, processor, model_class, saved_bytes)
     return metrics
-
-
-def start_prompts(
-    task: Task, model: Classifier, rows: datasets.Dataset, method: MethodArguments, training: VPTTrainingArguments
-) -> None:
-    """Set the prompts to features of training images."""
-    from .. import initialize_prompts
-
-    model.to(training.device)  # type: ignore[arg-type]
-    loader: DataLoader = DataLoader(rows, batch_size=training.per_device_eval_batch_size, collate_fn=task.collate)
-    initialize_prompts(model, loader, method=str(method.init_method), seed=training.seed)
 
 
 def features_can_be_fed(training: VPTTrainingArguments) -> bool:

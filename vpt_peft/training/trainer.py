@@ -1,7 +1,4 @@
-"""transformers' Trainer with parameter groups, small checkpoints, and a stop at a loss that is not finite.
-
-Your own Trainer needs none of this: a prompted model is a `PeftModel` like any other.
-"""
+"""transformers' Trainer with parameter groups, small checkpoints, and a stop at a loss that is not finite."""
 
 from __future__ import annotations
 
@@ -22,10 +19,9 @@ from transformers import (
 )
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from ..tasks import Task
 from .arguments import MethodArguments, VPTTrainingArguments
 from .checkpoints import BASELINE_CONFIG, load_trained, save_trained
-from .optim import parameter_groups
+from .optim import make_optimizer
 
 
 class TrainingDiverged(RuntimeError):
@@ -88,20 +84,20 @@ class VPTTrainer(Trainer):
     """Trainer for models of `build_model`.
 
     Args:
-        task (`Task`): makes the batches and measures.
         method (`MethodArguments`): gives learning rates and weight decays of prompts and head.
+        metrics (`Sequence[str]`): names of the metrics to show while training.
         kwargs: as of `transformers.Trainer`.
     """
 
     args: VPTTrainingArguments
     model: Any
 
-    def __init__(self, *, task: Task, method: MethodArguments, **kwargs: Any) -> None:
-        super().__init__(data_collator=task.collate, compute_metrics=task.compute_metrics(), **kwargs)
+    def __init__(self, *, method: MethodArguments, metrics: Sequence[str] = (), **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.method = method
         self.add_callback(FiniteEvaluation())
         if not self.args.disable_tqdm and self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(ReadableProgress([metric.name for metric in task.metrics]))
+            self.add_callback(ReadableProgress(metrics))
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Make the Hub repository before anything is trained.
@@ -122,8 +118,7 @@ class VPTTrainer(Trainer):
         """Make the optimizer that `args.optim` names, with prompts, head and rest in groups of their own."""
         if self.optimizer is None:
             trained: Any = self.model if model is None else model
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
-            self.optimizer = optimizer_class(parameter_groups(trained, self.method, self.args), **options)
+            self.optimizer = make_optimizer(trained, self.method, self.args)
         return self.optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:

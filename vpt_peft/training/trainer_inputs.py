@@ -1,0 +1,180 @@
+"""What a Trainer gets, for the command and for anybody's own Trainer alike."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from ..heads import trained_modules
+from ..initialization import initialize_prompts
+from ..methods.structure import Classifier
+from ..tasks import Task, get_task
+from ..tasks.base import DEFAULT_TASK
+from ..tuners import GatedVPTConfig, VPTConfig
+from .arguments import MethodArguments, VPTTrainingArguments, parse_args
+from .optim import make_optimizer
+from .trainer import FiniteEvaluation
+
+
+# A uniform sample of so many images starts prompts as well as all of a large data set would
+_START_IMAGES = 1024
+_METHOD_FLAGS = (
+    "recipe",
+    "init_method",
+    "base_learning_rate",
+    "prompt_learning_rate",
+    "head_learning_rate",
+    "prompt_weight_decay",
+    "head_weight_decay",
+)
+
+
+def training_recipe(
+    model: PeftModel,
+    train_dataset: Any,
+    eval_dataset: Any = None,
+    *,
+    task: str = DEFAULT_TASK,
+    start: bool = True,
+    **flags: Any,
+) -> dict[str, Any]:
+    """Make a model with prompts (or LoRA) ready to train, and return the arguments of a `transformers.Trainer`.
+
+    The recipe is that of `vpt-peft train` for the method: prompts and head have learning rates and weight decays of
+    their own, the rate warms up and falls along a cosine, prompts start as tokens of training images, a new head starts
+    at zero, and with an `eval_dataset` the best epoch is kept.
+
+        trainer = Trainer(**training_recipe(model, data["train"], data["test"], output_dir="out"))
+
+    The result is a plain dictionary: change or add what you like before you pass it on. With FSDP, which shards the
+    model before there is an optimizer, use `vpt-peft train`.
+
+    Args:
+        model (`PeftModel`): with one active adapter. Its prompts and its head are changed in place.
+        train_dataset (`torch.utils.data.Dataset` or `datasets.Dataset`): rows as the model takes them, for images with
+            labels `{"pixel_values": (3, height, width), "labels": int}`.
+        eval_dataset (*optional*): likewise.
+        task (`str`): pipeline tag of what the model does; gives collator and metrics.
+        start (`bool`): whether prompts and head are set to the recipe's start; False leaves them as they are, to train
+            on. A head whose output bias is zero throughout counts as new.
+        flags: fields of `transformers.TrainingArguments`, and `recipe`, `init_method`, `base_learning_rate`,
+            `prompt_learning_rate`, `head_learning_rate`, `prompt_weight_decay`, `head_weight_decay` of
+            `vpt-peft train`. What is left out is as the recipe says.
+
+    Returns:
+        `{"model", "args", "train_dataset", "eval_dataset", "data_collator", "compute_metrics", "callbacks",
+        "optimizers"}`.
+
+    Raises:
+        TypeError: the model is no `PeftModel`, or a flag is unknown.
+        ValueError: several adapters are active or there is no recipe for their method, or a flag has a bad value.
+    """
+    config = _active_config(model)
+    known = {item.name for item in fields(VPTTrainingArguments)} | set(_METHOD_FLAGS)
+    unknown = sorted(set(flags) - known)
+    if unknown:
+        raise TypeError(
+            f"training_recipe() got {', '.join(unknown)}; it takes fields of TrainingArguments and "
+            f"{', '.join(_METHOD_FLAGS)}. What the model is made of stands in its configuration, {type(config).__name__}."
+        )
+    if len(train_dataset) == 0:
+        raise ValueError("train_dataset is empty.")
+    given = {"task": task, "method": _method_of(config), **flags}
+    if isinstance(config, VPTConfig) and not _starts_from_tokens(config):
+        given.setdefault("init_method", "random")
+    if eval_dataset is None:
+        given = {"eval_strategy": "no", "load_best_model_at_end": False, **given}
+    arguments = parse_args(given)
+    if start:
+        start_prompts(get_task(task), model, train_dataset, arguments.method, arguments.training)
+        for wrapper in trained_modules(model):
+            _start_at_zero(wrapper.modules_to_save[wrapper.active_adapters[0]])
+    return {
+        **trainer_inputs(get_task(task), model, arguments.training, train_dataset, eval_dataset),
+        "callbacks": [FiniteEvaluation()],
+        "optimizers": (make_optimizer(model, arguments.method, arguments.training), None),
+    }
+
+
+def trainer_inputs(
+    task: Task, model: Classifier, training: VPTTrainingArguments, train_dataset: Any, eval_dataset: Any
+) -> dict[str, Any]:
+    """Return model, arguments, data, collator and metrics by the names that a Trainer gives them."""
+    return {
+        "model": model,
+        "args": training,
+        "train_dataset": train_dataset,
+        "eval_dataset": eval_dataset,
+        "data_collator": task.collate,
+        "compute_metrics": task.compute_metrics(),
+    }
+
+
+def start_prompts(
+    task: Task, model: Classifier, rows: Any, method: MethodArguments, training: VPTTrainingArguments
+) -> None:
+    """Start prompts from features of training images, where the recipe does so.
+
+    Args:
+        task: makes batches of `rows`.
+        model: its prompts are changed in place; it moves to the device of `training`.
+        rows: the training images as model input.
+        method: says how they start.
+        training: gives batch size, device and seed.
+    """
+    if method.init_method in (None, "random"):
+        return
+    assert isinstance(model, PeftModel)
+    model.to(training.device)  # type: ignore[arg-type]
+    loader: DataLoader = DataLoader(
+        _sample(rows, training.seed), batch_size=training.per_device_eval_batch_size, collate_fn=task.collate
+    )
+    name = model.active_adapters[0]
+    initialize_prompts(model, loader, method=str(method.init_method), adapter_name=name, seed=training.seed)
+
+
+def _sample(rows: Any, seed: int) -> Dataset:
+    if len(rows) <= _START_IMAGES:
+        return rows
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return Subset(rows, sorted(order[:_START_IMAGES].tolist()))
+
+
+def _start_at_zero(head: nn.Module) -> None:
+    """Let an output layer that has not learned yet start at zero, so that all classes are alike.
+
+    Random layers send their noise into the prompts, which hurts where images are few. Every model of transformers
+    draws a new output layer with a bias of zero; one that has learned has none.
+    """
+    linears = [module for module in head.modules() if isinstance(module, nn.Linear)]
+    if linears and linears[-1].bias is not None and not linears[-1].bias.any():
+        nn.init.zeros_(linears[-1].weight)
+
+
+def _active_config(model: PeftModel) -> PeftConfig:
+    if not isinstance(model, PeftModel):
+        raise TypeError(
+            f"training_recipe() takes a PeftModel, not {type(model).__name__}; make one by get_peft_model(model, config)."
+        )
+    if len(model.active_adapters) != 1:
+        raise ValueError(f"{model.active_adapters} are active; choose the one to train by model.set_adapter(name).")
+    return model.peft_config[model.active_adapters[0]]
+
+
+def _method_of(config: PeftConfig) -> str:
+    if isinstance(config, GatedVPTConfig):
+        return "gated_vpt"
+    if isinstance(config, VPTConfig):
+        return "vpt" if config.deep else "vpt_shallow"
+    if isinstance(config, LoraConfig):
+        return "lora"
+    raise ValueError(f"there is no recipe for {type(config).__name__}, only for VPT, gated prompts and LoRA.")
+
+
+def _starts_from_tokens(config: VPTConfig) -> bool:
+    return config.prompt_location == "prepend" and not config.projection_dim and not config.project_patches
