@@ -30,7 +30,7 @@ test: $(BIN)/.installed
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-docs: $(BIN)/.installed
-	$(BIN)/python -m pytest -q -n 2 -m docs tests/test_docs.py
+	$(BIN)/python -m pytest -q -n 2 -m docs
 
 docs: $(BIN)/.installed
 	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet --site-dir out/site

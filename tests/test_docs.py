@@ -32,6 +32,32 @@ BACKBONES = {
         },
     ),
     "facebook/dinov2-base": ("Dinov2Model", SIZES | {"image_size": 224}),
+    "MCG-NJU/videomae-base": ("VideoMAEModel", SIZES),
+    "openai/clip-vit-base-patch32": (
+        "CLIPModel",
+        {
+            "vision_config": SIZES,
+            "text_config": SIZES | {"vocab_size": 20, "eos_token_id": 2, "num_hidden_layers": 2},
+            "projection_dim": 16,
+        },
+    ),
+    "Intel/dpt-large": (
+        "DPTForDepthEstimation",
+        SIZES | {"neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8, "backbone_out_indices": [2, 5, 8, 11]},
+    ),
+    "usyd-community/vitpose-base-simple": (
+        "VitPoseForPoseEstimation",
+        {
+            "backbone_config": {
+                "model_type": "vitpose_backbone",
+                "hidden_size": 24,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 3,
+                "intermediate_size": 48,
+            },
+            "num_labels": 17,
+        },
+    ),
 }
 
 
