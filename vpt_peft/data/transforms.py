@@ -88,7 +88,7 @@ class ImageTransform:
         """Return RGB images as normalised pixels `(batch, 3, height, width)`, float32."""
         options: dict[str, Any] = {}
         if not self.as_shipped:
-            resample = _resampling(self.image_processor)
+            resample = resampling(self.image_processor)
             images = [g.apply(image, resample) for image, g in zip(images, geometries, strict=True)]
             options = {"do_resize": False, "do_center_crop": False}
         pixels = self.image_processor(images=list(images), return_tensors="pt", **options)["pixel_values"]
@@ -152,7 +152,8 @@ def _input_size(image_processor: Any) -> tuple[tuple[int, int], bool]:
     return (int(height), int(width)), False
 
 
-def _resampling(image_processor: Any) -> Image.Resampling:
+def resampling(image_processor: Any) -> Image.Resampling:
+    """Return the filter an image processor resizes with."""
     resample = getattr(image_processor, "resample", None)
     if resample is None:
         return Image.Resampling.BILINEAR
