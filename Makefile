@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= PASSIVE
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-docs docs bench lint clean
+.PHONY: demo test test-docs test-app docs bench lint clean
 
 demo: $(BIN)/.demo
 	HF_HUB_OFFLINE=1 $(BIN)/vpt-peft demo --output_dir out/demo
@@ -29,7 +29,18 @@ $(BIN)/.installed: $(BIN)/.torch setup.cfg pyproject.toml
 test: $(BIN)/.installed
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-test-docs: $(BIN)/.installed
+test-# Gradio pins packages of its own, so the page is tested in an environment of its own
+APP := .venv-app/bin
+$(APP)/.installed: constraints.txt setup.cfg
+	$(PYTHON) -m venv .venv-app
+	$(APP)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(APP)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[app]" playwright pytest
+	touch $@
+
+test-app: $(APP)/.installed
+	$(APP)/python -m pytest -q tests/app
+
+docs: $(BIN)/.installed
 	$(BIN)/python -m pytest -q -n 2 -m docs
 
 docs: $(BIN)/.installed
@@ -42,4 +53,4 @@ lint: $(BIN)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) out build dist *.egg-info
+	rm -rf $(VENV) .venv-app out build dist *.egg-info

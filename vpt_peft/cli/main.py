@@ -20,6 +20,7 @@ COMMANDS = {
     "predict": ("vpt_peft.cli.predict", "predict images or folders of images to a table"),
     "cost": ("vpt_peft.cli.cost", "estimate what training would cost: values, disk, FLOPs, memory, largest batch"),
     "export": ("vpt_peft.cli.export", "write an adapter with backbone and head to one ONNX or torch.export file"),
+    "app": ("vpt_peft.cli.app", "serve a page in the browser: ask adapters, look inside, train"),
     "push": ("vpt_peft.cli.push", "upload an adapter folder to the Hub"),
     "convert": ("vpt_peft.cli.convert", "convert a pre-trained checkpoint to a Hugging Face folder"),
 }
