@@ -74,6 +74,10 @@ class VPTModel(BaseTuner):
     def _check_new_adapter_config(self, config: Any) -> None:
         """Nothing: unlike PEFT's, biases are an adapter's own, so several adapters may have some."""
 
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        """Nothing: prompts target no embeddings of words, which some detectors with tied heads cannot even name."""
+        return []
+
     def check_config(self, config: Any, spec: EncoderSpec) -> None:
         """Check what depends on the encoder, before anything is made.
 

@@ -1,0 +1,135 @@
+"""transformers' detectors on the batches of the task, with prompts, without torchvision."""
+
+import pytest
+import torch
+import transformers as T
+from peft import get_peft_model
+from transformers import AutoModelForObjectDetection
+
+from vpt_peft import VPTConfig
+from vpt_peft.tasks.detection import TASK
+
+
+NAMES = {0: "cat", 1: "dog"}
+DETR = {
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "num_queries": 10,
+}
+RT_DETR = {
+    "encoder_hidden_dim": 32,
+    "encoder_ffn_dim": 32,
+    "encoder_attention_heads": 2,
+    "encoder_in_channels": [16, 32, 64],
+    "decoder_in_channels": [32] * 3,
+    "decoder_attention_heads": 2,
+    "decoder_ffn_dim": 32,
+    "decoder_layers": 2,
+    "feat_strides": [8, 16, 32],
+    "d_model": 32,
+    "num_queries": 10,
+    "num_denoising": 4,
+}
+VIT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "patch_size": 16,
+    "image_size": 64,
+}
+
+
+def swin(*stages):
+    return T.SwinConfig(
+        image_size=64,
+        patch_size=4,
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 2, 2, 2],
+        window_size=2,
+        out_features=[f"stage{n}" for n in stages],
+    )
+
+
+MODELS = {
+    "yolos": lambda: T.YolosConfig(**{**VIT, "image_size": [64, 64]}, num_detection_tokens=10),
+    "detr": lambda: T.DetrConfig(use_timm_backbone=False, backbone_config=swin(4), **DETR),
+    "deformable_detr": lambda: T.DeformableDetrConfig(
+        use_timm_backbone=False, backbone_config=swin(2, 3, 4), num_feature_levels=3, **DETR
+    ),
+    "lw_detr": lambda: T.LwDetrConfig(
+        backbone_config={
+            "model_type": "lw_detr_vit",
+            "hidden_size": 32,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 2,
+            "mlp_ratio": 2,
+            "image_size": 64,
+            "pretrain_image_size": 64,
+            "patch_size": 16,
+            "num_windows": 4,
+            "window_block_indices": [0, 2],
+            "out_indices": [4],
+        },
+        projector_scale_factors=[1.0],
+        d_model=32,
+        decoder_ffn_dim=32,
+        decoder_layers=1,
+        decoder_self_attention_heads=2,
+        decoder_cross_attention_heads=2,
+        num_queries=10,
+        group_detr=1,
+        decoder_n_points=2,
+        c2f_num_blocks=1,
+    ),
+    "d_fine": lambda: T.DFineConfig(
+        use_timm_backbone=False, backbone_config=swin(2, 3, 4), decoder_n_points=[2, 2, 2], **RT_DETR
+    ),
+    "deimv2": lambda: T.Deimv2Config(
+        backbone_config=T.DINOv3ViTConfig(**VIT, out_indices=[2, 3, 4]),
+        decoder_n_points=[2, 2, 2],
+        **{**RT_DETR, "encoder_in_channels": [32, 32, 32]},
+    ),
+}
+
+
+def label(boxes, classes):
+    none = {"crowd_labels": torch.zeros(0, dtype=torch.long), "crowd_boxes": torch.zeros(0, 4)}
+    return {
+        **none,
+        "class_labels": torch.tensor(classes, dtype=torch.long),
+        "boxes": torch.tensor(boxes).reshape(-1, 4),
+        "area": torch.full((len(classes),), 50.0),
+        "crowd_area": torch.zeros(0),
+        "canvas": torch.tensor([64.0, 64.0]),
+        "orig_size": torch.tensor([64, 64]),
+    }
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_it_trains_and_is_measured_with_prompts(kind):
+    config = MODELS[kind]()
+    config.id2label, config.label2id = NAMES, {name: number for number, name in NAMES.items()}
+    torch.manual_seed(0)
+    model = get_peft_model(AutoModelForObjectDetection.from_config(config), VPTConfig(num_virtual_tokens=2))
+    labels = [label([0.5, 0.5, 0.4, 0.4], [1]), label([], [])]
+    pixels = torch.rand(2, 3, 64, 64)
+    output = model(pixel_values=pixels, labels=labels)
+    output.loss.backward()
+    prompts = {name: value for name, value in model.named_parameters() if "prompt_tuner" in name}
+    assert torch.isfinite(output.loss) and prompts
+    assert all(value.grad is not None and value.grad.abs().sum() > 0 for value in prompts.values())
+    frozen = [name for name, value in model.named_parameters() if value.grad is not None and not value.requires_grad]
+    assert not frozen
+    with torch.no_grad():
+        output = model.eval()(pixel_values=pixels, labels=labels)
+    found, expected = TASK.measurable(model, tuple(v for k, v in output.items() if k != "loss"), labels)
+    assert found.shape == (2, 20, 6) and expected.shape == (2, 2, 7)
+    assert set(found[..., 0].unique().tolist()) <= {0.0, 1.0}
+    assert torch.isfinite(found).all() and (found[..., 1] > 0).all() and (found[..., 1] < 1).all()
