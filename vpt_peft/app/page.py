@@ -15,8 +15,9 @@ import pandas
 
 from ..data.images import DataError, ImageError, to_rgb
 from ..methods import PROMPT_METHODS
+from ..plots.figures import new_figure
 from .jobs import TrainingFailed, run_training
-from .serving import Adapters
+from .serving import Adapters, as_image
 from .uploads import root_of, unpack_images
 
 
@@ -76,9 +77,9 @@ def as_html(pictures: list[tuple[Any, str]]) -> str:
 
 def train(
     adapters: Adapters, archive: str | None, name: str, method: str, prompts: float, epochs: float
-) -> Iterator[tuple[pandas.DataFrame, str]]:
+) -> Iterator[tuple[str, str]]:
     """Train on an uploaded zip file, or on digits without one; yield the curves so far and a line about the state."""
-    curves = pandas.DataFrame(columns=["epoch", "value", "curve"])
+    curves = ""
     folder = Path(tempfile.mkdtemp(prefix="vpt_peft_app_"))
     try:
         data, limit = "digits", ["--max_train_samples", "200"]
@@ -98,8 +99,8 @@ def train(
         flags += ["--disable_tqdm", "True", "--save_total_limit", "1"]
         yield curves, "Training ..."
         for history in run_training(flags, folder / "run"):
-            curves = as_curves(history)
-            yield curves, f"{len(curves[curves.curve == 'training loss'])} epochs done ..."
+            curves = draw_history(history)
+            yield curves, "Training ..."
         added = adapters.add(folder / "run", name.strip() or "mine")
         yield curves, f"Done. The adapter is called {added!r}; choose it on the first tab."
     except (DataError, TrainingFailed, OSError, ValueError) as error:
@@ -108,16 +109,35 @@ def train(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def as_curves(history: list[dict[str, float]]) -> pandas.DataFrame:
-    """Return the Trainer's log as rows of epoch, value and name of the curve: training loss, validation metrics."""
-    rows = []
+def curves_of(history: list[dict[str, float]]) -> dict[str, list[tuple[float, float]]]:
+    """Return the Trainer's log as points (epoch, value) by the name of the curve: training loss, validation metrics."""
+    curves: dict[str, list[tuple[float, float]]] = {}
     for entry in history:
         for key, value in entry.items():
-            if key == "loss":
-                rows.append((entry["epoch"], value, "training loss"))
-            elif key.startswith("eval_") and not key.endswith(("runtime", "per_second", "samples", "loss")):
-                rows.append((entry["epoch"], value, key.removeprefix("eval_").replace("_", " ")))
-    return pandas.DataFrame(rows, columns=["epoch", "value", "curve"])
+            is_metric = key.startswith("eval_") and not key.endswith(("runtime", "per_second", "samples", "loss"))
+            if key == "loss" or is_metric:
+                name = "training loss" if key == "loss" else key.removeprefix("eval_").replace("_", " ")
+                points = curves.setdefault(name, [])
+                # The last evaluation, of the best weights, comes a second time
+                if not points or points[-1][0] < entry["epoch"]:
+                    points.append((entry["epoch"], value))
+    return curves
+
+
+def draw_history(history: list[dict[str, float]]) -> str:
+    """Return the curves of the Trainer's log as HTML, the loss beside the metrics."""
+    curves = curves_of(history)
+    figure = new_figure(8.5, 3.2)
+    panels = figure.subplots(1, 2)
+    for name, points in curves.items():
+        panels[int(name != "training loss")].plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
+    for ax, title in zip(panels, ("training loss", "validation"), strict=True):
+        ax.set(title=title, xlabel="epoch")
+        ax.grid(alpha=0.3)
+        ax.locator_params(axis="x", integer=True)
+    if len(curves) > 2:
+        panels[1].legend(frameon=False)
+    return as_html([(as_image(figure), f"{len(curves.get('training loss', []))} epochs")])
 
 
 def build(adapters: Adapters) -> Any:
@@ -157,7 +177,7 @@ def build(adapters: Adapters) -> Any:
                     start = gr.Button("Train", variant="primary", elem_id="train")
                 with gr.Column(scale=2):
                     state = gr.Markdown(elem_id="state")
-                    plot = gr.LinePlot(x="epoch", y="value", color="curve", label="Curves", height=320)
+                    plot = gr.HTML(elem_id="curves")
 
             def run(*inputs: Any) -> Iterator:
                 yield from train(adapters, *inputs)
