@@ -1,7 +1,8 @@
-"""`vpt-peft compare --method vpt linear --seed 0 1 2 [training flags]`."""
+"""`vpt-peft compare --method vpt linear --dataset_name a b --seed 0 1 2 --num_trials 8 [training flags]`."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 
@@ -9,19 +10,62 @@ from .options import need_training
 
 
 def run(argv: Sequence[str]) -> int:
-    """Print the table of all trials, mean and sample standard deviation over the seeds."""
+    """Search, train and test every row on every data set, and print tables of the results."""
+    return run_comparison(
+        argv,
+        "compare",
+        "Compare methods on the same data with the same seeds. With --num_trials each method's settings are searched "
+        "on the validation split, with as many trials for all; what is chosen is trained on training and validation "
+        "images and tested once per draw (--split_seed) and seed.",
+    )
+
+
+def run_comparison(argv: Sequence[str], command: str, description: str) -> int:
+    """Run a comparison or a sweep, and print and draw its results; 2 where no run ended well."""
     need_training()
     from accelerate import PartialState
 
-    from ..runs.compare import compare
+    from ..runs.compare import comparison_of
     from ..runs.grid import make_parser, parse_grid
-    from ..runs.table import trials_table
+    from ..runs.report import report
 
-    parser = make_parser("vpt-peft compare", "Train methods or settings on the same data with the same seeds.")
+    parser = make_parser(f"vpt-peft {command}", description)
+    add_options(parser, "grid" if command == "sweep" else "random")
     grid = parse_grid(parser, argv)
-    trials, metric = compare(grid)
-    if PartialState().is_main_process:
-        tested = [f"test_{each.name}" for each in grid.task.metrics]
-        results = [metric, *tested, "trainable_parameters", "train_runtime"]
-        sys.stdout.write(trials_table(trials, results, grid.task))
-    return 0 if any(trial.metrics for trial in trials) else 2
+    comparison = comparison_of(grid, searched=command == "sweep")
+    comparison.search()
+    comparison.test()
+    if not PartialState().is_main_process:
+        return 0
+    text, ended_well = report(comparison, searched=command == "sweep")
+    sys.stdout.write(text)
+    return 0 if ended_well else 2
+
+
+def add_options(parser: argparse.ArgumentParser, sampler: str) -> None:
+    """Add what a comparison takes beside the flags of its runs."""
+    from ..data.suites import SUITES
+    from ..runs.search import SAMPLERS
+
+    parser.add_argument(
+        "--sampler",
+        choices=SAMPLERS,
+        default=sampler,
+        help="how settings are searched: all (grid), a quasi-random spread, or TPE of Optuna (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--num_trials", "--num_settings", type=int, help="trials of each search; default: the whole grid, or 20"
+    )
+    parser.add_argument(
+        "--storage",
+        help="Optuna journal that several processes share, each started with the same command; default: a file in "
+        "output_dir, which they share too",
+    )
+    parser.add_argument(
+        "--suite",
+        choices=tuple(SUITES),
+        help="all data sets of a benchmark, by its own protocol, in place of dataset_name",
+    )
+    parser.add_argument(
+        "--suite_dir", help="its folder, with one folder per data set; default: downloaded, if possible"
+    )

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from .images import IMAGE_SUFFIXES, DataError, DataNotFoundError
+from .listed import is_listed, read_listed
 
 
 # The words by which `datasets` tells split folders from class folders
@@ -47,11 +48,15 @@ def read_source(
         try:
             if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
                 loaded = datasets.load_from_disk(str(folder))
+            elif is_listed(folder):
+                loaded = read_listed(folder)
             elif (class_folders := _class_folders(folder)) is not None:
                 files = {"train": [os.path.join(glob.escape(str(folder / kind)), "**") for kind in class_folders]}
                 loaded = datasets.load_dataset("imagefolder", data_files=files, **options)
             else:
                 loaded = datasets.load_dataset(str(folder), **options)
+        except DataError:
+            raise
         except Exception as error:
             _check_for_empty_split(name, error)
             raise DataError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle
@@ -10,14 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..reporting import Shown, shown
-from .figures import new_figure, save_figure
+from .panels import MARKERS, logarithmic, new_panels, save_panels
 from .runs import Run, find_runs, group_runs
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-_MARKERS = "osD^vP*X"
 
 
 def _common_metric(groups: dict[str, list[Run]]) -> str:
@@ -41,7 +38,7 @@ def draw_curves(groups: dict[str, list[Run]], axes: Sequence[Axes]) -> None:
     key = f"eval_{_common_metric(groups)}"
     values = [value for runs in groups.values() for run in runs for value in run.curve(key).values()]
     for ax, name, panel in ((axes[0], "loss", Shown("training loss")), (axes[1], key, shown(key, values))):
-        for (label, runs), marker in zip(groups.items(), cycle(_MARKERS), strict=False):
+        for (label, runs), marker in zip(groups.items(), cycle(MARKERS), strict=False):
             points: dict[float, list[float]] = {}
             for run in runs:
                 for epoch, value in run.curve(name).items():
@@ -63,30 +60,19 @@ def draw_tradeoff(groups: dict[str, list[Run]], axes: Sequence[Axes]) -> None:
     Raises:
         ValueError: the runs have different metrics.
     """
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
     (ax,) = axes
     everything = [run.metrics for runs in groups.values() for run in runs]
     metric = _common_metric(groups)
     name = f"test_{metric}" if all(f"test_{metric}" in metrics for metrics in everything) else f"eval_{metric}"
     panel = shown(name, [metrics[name] for metrics in everything])
-    for (label, runs), marker in zip(groups.items(), cycle(_MARKERS), strict=False):
+    for (label, runs), marker in zip(groups.items(), cycle(MARKERS), strict=False):
         values = [panel.scale * run.metrics[name] for run in runs]
         spread = statistics.stdev(values) if len(runs) > 1 else None
         parameters, mean = runs[0].metrics["trainable_parameters"], statistics.fmean(values)
         ax.errorbar([parameters], [mean], yerr=spread, marker=marker, capsize=3, ls="", label=label)
-    ax.set_xscale("log")
-    low, high = ax.get_xlim()
-    ax.xaxis.set_major_formatter(_short)
-    # The axis may span less than a power of ten
-    ax.xaxis.set_minor_formatter(FuncFormatter(_short) if high < 20 * low else NullFormatter())
-    ax.tick_params(axis="x", which="both", labelsize="small", rotation=30)
+    logarithmic(ax)
     ax.set_xlabel("trainable parameters")
     ax.set_ylabel(panel.title)
-
-
-def _short(value: float, _: float) -> str:
-    return f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k"
 
 
 _KINDS: dict[str, tuple[int, Callable]] = {"curves": (2, draw_curves), "tradeoff": (1, draw_tradeoff)}
@@ -110,10 +96,6 @@ def plot(paths: Iterable[str | Path], output_file: str | Path, kind: str = "curv
         raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}.")
     groups = group_runs(find_runs(paths))
     panels, draw = _KINDS[kind]
-    figure = new_figure(4.5 * panels + 0.5, 3.6 + 0.25 * math.ceil(len(groups) / 2))
-    axes = figure.subplots(1, panels, squeeze=False)[0]
+    figure, axes = new_panels(panels, list(groups))
     draw(groups, axes)
-    for ax in axes:
-        ax.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    return save_figure(figure, output_file)
+    return save_panels(figure, axes, output_file)

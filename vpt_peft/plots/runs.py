@@ -10,6 +10,7 @@ from typing import Any
 
 from ..files import RUN_RECORD
 from ..reporting import describe, metric_names
+from ..reporting.results import RESULTS
 
 
 # Where and how a run was done, not what was tried
@@ -25,12 +26,14 @@ class Run:
         record (`dict[str, Any]`): its arguments.
         metrics (`dict[str, float]`): the final results.
         history (`list[dict[str, float]]`): the Trainer's log.
+        label (`tuple[str, str]`, *optional*): row and data set of a comparison.
     """
 
     folder: Path
     record: dict[str, Any]
     metrics: dict[str, float]
     history: list[dict[str, float]]
+    label: tuple[str, str] | None = None
 
     @property
     def method(self) -> str:
@@ -60,7 +63,7 @@ class Run:
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Run]:
-    """Return the finished runs in output folders of `train`, and below those of `compare` and `sweep`.
+    """Return the finished runs in output folders of `train`, and the tested ones below those of `compare` and `sweep`.
 
     Raises:
         FileNotFoundError: a folder does not exist, or none holds a finished run.
@@ -72,15 +75,24 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
             raise FileNotFoundError(f"{str(folder)!r} does not exist; give output folders of training runs.")
         for config in sorted(folder.rglob(RUN_RECORD)):
             names = (RUN_RECORD, "all_results.json", "trainer_state.json")
-            if all((config.parent / name).is_file() for name in names):
+            label = _label(config.parent)
+            if all((config.parent / name).is_file() for name in names) and (label is None or label[2] == "test"):
                 record, metrics, state = (_read(config.parent / name) for name in names)
-                runs.append(Run(config.parent, record, metrics, state.get("log_history", [])))
+                runs.append(Run(config.parent, record, metrics, state.get("log_history", []), label and label[:2]))
     if not runs:
         raise FileNotFoundError(
             f"no finished run in {', '.join(map(str, folders))}; its folder would hold {RUN_RECORD}, all_results.json "
             "and trainer_state.json."
         )
     return runs
+
+
+def _label(folder: Path) -> tuple[str, str, str] | None:
+    """Row, data set and stage of a run of a comparison, whose results lie beside its runs."""
+    above = folder.absolute().parents
+    if len(above) < 4 or not (above[3].parent / RESULTS).is_dir():
+        return None
+    return above[2].name, above[1].name, above[0].name
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -91,9 +103,16 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Return runs that differ in nothing but the seed, by their method and the settings that vary."""
+    """Return runs that differ in nothing but the seed, by their method and the settings that vary.
+
+    Runs of a comparison are grouped by its rows and data sets, as their settings were chosen for each.
+    """
     groups: dict[str, list[Run]] = {}
+    several = len({run.label[1] for run in runs if run.label is not None}) > 1
     for run in runs:
+        if run.label is not None:
+            groups.setdefault(" on ".join(run.label) if several else run.label[0], []).append(run)
+            continue
         alike = [other.record for other in runs if other.method == run.method]
         names = sorted({name for record in alike for name in record} - {*_NOT_SHOWN, "method"})
         varied = [name for name in names if any(record.get(name) != alike[0].get(name) for record in alike)]

@@ -1,45 +1,100 @@
-"""Train several methods (or settings) on the same data with the same seeds, and test them all."""
+"""The comparisons and sweeps that flags ask for."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from .grid import Grid
-from .study import import_optuna, run_study
-from .trials import Trial, claim_folder, parse_run, run_trial, write_results
+from ..data.suites import SUITES, Suite, suite_folders
+from .comparison import Comparison
+from .grid import Grid, Range, folder_name, safe_name
+from .search import search_space
 
 
-COMPARE_RESULTS = "compare_results.json"
+def comparison_of(grid: Grid, searched: bool) -> Comparison:
+    """Return the comparison that flags with several values ask for.
 
-
-def compare(grid: Grid) -> tuple[list[Trial], str]:
-    """Run every trial of the grid with every seed.
-
-    Finished runs are kept in their folders, so the same call continues a comparison that was interrupted.
-    `compare_results.json` is written after each trial.
-
-    Returns:
-        The trials in the order of the grid, and the validation metric by which runs keep their best weights.
+    Args:
+        grid (`Grid`): the flags. Several data sets, draws (`split_seed`) and seeds are always runs of the same row.
+        searched (`bool`): the other flags with several values are searched, as in a sweep. Otherwise they make rows,
+            each with a search of `num_trials` trials over its ranges, or over its method's own space.
 
     Raises:
-        ModuleNotFoundError: Optuna is not installed.
-        ValueError: a trial is wrong in itself; nothing was run.
+        ValueError: the flags do not go together; nothing was run.
+        DataError: the data sets of a suite are missing, or other ones.
     """
-    import_optuna()
-    order = grid.trials()
-    training, *_ = [parse_run(grid, settings, grid.seeds[0]).training for settings in order]
-    metric = f"eval_{str(training.metric_for_best_model).removeprefix('eval_')}"
-    path = claim_folder(grid, COMPARE_RESULTS)
-    done: dict[int, Trial] = {}
+    own, axes = grid.own, dict(grid.axes)
+    suite = SUITES[own["suite"]] if own.get("suite") else None
+    data = _suite_data(grid, suite) if suite is not None else _data(grid, axes)
+    draws = _values(grid, axes, "split_seed", [0])
+    ranges = {name: axis for name, axis in axes.items() if searched or isinstance(axis, Range)}
+    rows = {
+        _row_name(grid, settings): settings
+        for settings in grid.combinations([name for name in axes if name not in ranges])
+    }
+    num_trials = own.get("num_trials")
+    if num_trials is not None and num_trials < 1:
+        raise ValueError(f"num_trials={num_trials} must be at least 1.")
+    spaces: dict[str, Mapping[str, list | Range]] = {}
+    for row, settings in rows.items():
+        fixed = {**grid.common, **settings}
+        if ranges:
+            spaces[row] = ranges
+        elif num_trials is not None:
+            space = search_space(fixed.get("method", "vpt"))
+            spaces[row] = {name: axis for name, axis in space.items() if name not in fixed}
+    common = {name: value for name, value in grid.common.items() if name not in ("dataset_name", "split_seed", "seed")}
+    found = Comparison(
+        common=common,
+        rows=rows,
+        data=data,
+        spaces=spaces,
+        output_dir=grid.output_dir,
+        seeds=grid.seeds,
+        draws=draws,
+        sampler=own.get("sampler", "random"),
+        num_trials=num_trials,
+        with_default=not searched,
+        storage=Path(own["storage"]) if own.get("storage") else None,
+        suite=suite,
+    )
+    found.check()
+    return found
 
-    def in_order() -> list[Trial]:
-        return [done[number] for number in sorted(done)]
 
-    def run(settings: dict[str, Any]) -> Trial:
-        trial = done[order.index(settings)] = run_trial(grid, settings, with_test=True)
-        write_results(path, in_order())
-        return trial
+def _data(grid: Grid, axes: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    names = _values(grid, axes, "dataset_name", ["digits"])
+    data = {_data_name(name): {"dataset_name": name} for name in names}
+    if len(data) < len(names):
+        raise ValueError(f"dataset_name: two of {', '.join(names)} have the same name; rename a folder.")
+    return data
 
-    write_results(path, [])
-    run_study(grid, run, metric, bool(training.greater_is_better))
-    return in_order(), metric
+
+def _suite_data(grid: Grid, suite: Suite) -> dict[str, dict[str, Any]]:
+    if "dataset_name" in grid.common or "dataset_name" in grid.axes:
+        raise ValueError(f"suite={suite.name!r} names its data sets itself; drop dataset_name.")
+    folder = grid.own.get("suite_dir")
+    folders = suite_folders(suite, Path(folder).expanduser() if folder else None, grid.common.get("token"))
+    protocol = {"augmentation": suite.augmentation} if "augmentation" not in grid.common else {}
+    return {name: {"dataset_name": str(path), **protocol} for name, path in folders.items()}
+
+
+def _values(grid: Grid, axes: dict[str, Any], name: str, default: list) -> list:
+    """Take the values of a flag out of the axes, or those that are common."""
+    values = axes.pop(name, None) or ([grid.common[name]] if name in grid.common else default)
+    if isinstance(values, Range):
+        raise ValueError(f"{name}={values} is a range; list the values.")
+    return values
+
+
+def _data_name(dataset_name: str) -> str:
+    path = Path(dataset_name).expanduser()
+    return safe_name(path.resolve().name if path.is_dir() else dataset_name)
+
+
+def _row_name(grid: Grid, settings: Mapping[str, Any]) -> str:
+    """The method's name alone where rows differ in nothing else."""
+    method = str(settings.get("method", grid.common.get("method", "vpt")))
+    more = {name: value for name, value in settings.items() if name != "method"}
+    return safe_name(method + (f",{folder_name(more)}" if more else ""))

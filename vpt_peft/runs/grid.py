@@ -12,8 +12,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ..tasks import Task, get_task
-from ..tasks.base import DEFAULT_TASK
 from ..training.arguments import FlagParser, as_tokens, train_parser
 
 
@@ -22,6 +20,9 @@ _REFUSED = {
     "push_to_hub": "push the adapter you choose with `vpt-peft push`",
     "overwrite_output_dir": "delete the folder of a run to repeat it",
     "resume_from_checkpoint": "the same command continues by itself where it was interrupted",
+    "train_on_validation": "what was chosen is trained on the validation images by itself",
+    "early_stopping_patience": "list numbers of epochs (--num_train_epochs), as the last weights count",
+    "load_best_model_at_end": "the last weights count, as nothing is left to choose others by in the end",
 }
 
 
@@ -58,39 +59,15 @@ class Grid:
     seeds: list[int]
     own: dict[str, Any]
 
-    def trials(self) -> list[dict[str, Any]]:
-        """Return the settings of every trial: all combinations of the axes' values.
-
-        Raises:
-            ValueError: an axis is a range.
-        """
-        choices: list[list] = []
-        for name, values in self.axes.items():
-            if isinstance(values, Range):
-                raise ValueError(
-                    f"{name}={values} is a range; list the values, or sweep with --sampler tpe or random."
-                )
-            choices.append(values)
-        return [dict(zip(self.axes, values, strict=True)) for values in product(*choices)]
-
-    def example(self) -> dict[str, Any]:
-        """Return the settings of one trial: the first value of every axis."""
-        return {name: axis.first if isinstance(axis, Range) else axis[0] for name, axis in self.axes.items()}
-
-    @property
-    def task(self) -> Task:
-        """The task of all runs."""
-        return get_task(self.common.get("task", DEFAULT_TASK))
+    def combinations(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Return all combinations of the values of some axes, none of which is a range."""
+        choices = [list(self.axes[name]) for name in names]  # type: ignore[arg-type]
+        return [dict(zip(names, values, strict=True)) for values in product(*choices)]
 
     @property
     def output_dir(self) -> Path:
         """The folder of all runs."""
         return Path(self.common.get("output_dir", "vpt-output"))
-
-    @property
-    def has_ranges(self) -> bool:
-        """Whether an axis cannot be enumerated."""
-        return any(isinstance(values, Range) for values in self.axes.values())
 
 
 def make_parser(prog: str, description: str) -> FlagParser:
@@ -150,7 +127,11 @@ def _number_or_range(number: type, text: str) -> Any:
 
 
 def folder_name(settings: Mapping[str, Any]) -> str:
-    """Return a file name made of the settings; a hash is added where it had to be shortened or cleaned."""
-    text = ",".join(f"{name}={value}" for name, value in settings.items())
+    """Return a file name made of the settings; see `safe_name`."""
+    return safe_name(",".join(f"{name}={value}" for name, value in settings.items()) or "default")
+
+
+def safe_name(text: str) -> str:
+    """Return a text as a file name; a hash is added where it had to be shortened or cleaned."""
     safe = re.sub(r"[^\w.,=+-]", "_", text)[:120]
     return safe if safe == text else f"{safe}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -1,69 +1,27 @@
-"""The trials of a grid, chosen by Optuna and kept in a journal, so that the same command continues them."""
+"""Trials shared by processes and machines: a journal tells which have ended, and locks tell which are running."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 
-from .grid import Grid, Range
-from .trials import Trial
+from .grid import Range
 
+
+logger = logging.getLogger(__name__)
 
 JOURNAL = "optuna_journal.log"
-SAMPLERS = ("grid", "random", "tpe")
-
-
-def run_study(
-    grid: Grid,
-    run: Callable[[dict[str, Any]], Trial],
-    metric: str,
-    maximize: bool,
-    sampler: str = "grid",
-    num_trials: int | None = None,
-) -> None:
-    """Run the trials of a grid, those that ended in an earlier call first.
-
-    Args:
-        grid (`Grid`): the flags.
-        run: runs one trial from its settings. Called again for a trial that ended, it only reads what was kept.
-        metric (`str`): what the samplers go by, as it is named in the results.
-        maximize (`bool`): whether more of it is better.
-        sampler (`str`): "grid" goes through all settings; "random" and "tpe" choose among them.
-        num_trials (`int`, *optional*): most trials; by default all of them with "grid", else 20.
-
-    Raises:
-        ModuleNotFoundError: Optuna is not installed.
-    """
-    optuna = import_optuna()
-    if not PartialState().is_main_process:
-        while (settings := _from_main_process(None)) is not None:
-            run(settings)
-        return
-
-    def objective(trial: Any) -> float:
-        outcome = run(_from_main_process({name: _suggest(trial, name, axis) for name, axis in grid.axes.items()}))
-        score = outcome.mean(metric)
-        if outcome.errors or score is None:
-            # Counts as worse than any score, where a failed trial would be run again
-            raise optuna.TrialPruned
-        return score
-
-    study = _open_study(grid, metric, maximize, sampler)
-    ended = [trial.params for trial in study.trials if trial.state.is_finished() and trial.state.name != "FAIL"]
-    for settings in ended:
-        run(_from_main_process({name: settings[name] for name in grid.axes}))
-    total = num_trials or (len(grid.trials()) if sampler == "grid" else 20)
-    if sampler == "grid":
-        total = min(total, len(grid.trials()))
-    if len(ended) < total:
-        _repeat_interrupted(study)
-        study.optimize(objective, n_trials=total - len(ended))
-    _from_main_process(None)
+# Where a trial's number is kept in the journal
+_NUMBER = "number"
+_POLL_SECONDS = 1.0
 
 
 def import_optuna() -> Any:
@@ -79,56 +37,160 @@ def import_optuna() -> Any:
     return optuna
 
 
-def _from_main_process(settings: Mapping[str, Any] | None) -> Any:
-    """What the main process gives, in all processes."""
-    box = [settings]
-    broadcast_object_list(box)
-    return box[0]
-
-
-def _open_study(grid: Grid, metric: str, maximize: bool, sampler: str) -> Any:
-    """The study of these axes in the journal of the output folder."""
+def open_journal(path: Path) -> Any:
+    """Return Optuna's storage in a file that several machines may share; it is made where there is none."""
     optuna = import_optuna()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    backend = optuna.storages.journal.JournalFileBackend(str(grid.output_dir / JOURNAL))
-    # Optuna allows no other values of a parameter in the same study
-    key = json.dumps([sampler, metric, {name: str(axis) for name, axis in grid.axes.items()}], sort_keys=True)
-    study = optuna.create_study(
-        storage=optuna.storages.JournalStorage(backend),
-        study_name=hashlib.sha256(key.encode()).hexdigest()[:16],
-        direction="maximize" if maximize else "minimize",
-        load_if_exists=True,
-    )
-    if sampler == "grid":
-        study.sampler = optuna.samplers.GridSampler(grid.axes, seed=0)
-    else:
-        # A new sampler with the same seed would draw the same settings again
-        kind = optuna.samplers.RandomSampler if sampler == "random" else optuna.samplers.TPESampler
-        study.sampler = kind(seed=len(study.trials))
-    return study
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
 
 
-def _repeat_interrupted(study: Any) -> None:
-    """Put trials that were interrupted or killed into the queue."""
-    from optuna.trial import TrialState, create_trial
+class Study:
+    """A number of trials, each run once by whichever process takes it.
 
-    repeated = {trial.system_attrs.get("repeats") for trial in study.trials}
-    for trial in study.trials:
-        if trial.state in (TrialState.FAIL, TrialState.RUNNING) and trial.params and trial.number not in repeated:
-            study.add_trial(
-                create_trial(
-                    state=TrialState.WAITING,
-                    params=trial.params,
-                    distributions=trial.distributions,
-                    # Those of the sampler, which knows the trial's place in the grid by them
-                    system_attrs={**trial.system_attrs, "fixed_params": trial.params, "repeats": trial.number},
-                )
+    Whoever runs a trial holds the lock of its file. The system frees the lock of a process that dies, so its trial is
+    taken up again, with the same settings.
+
+    Args:
+        journal (`Path`): file of the journal; the locks are in a folder beside it.
+        storage: the open journal.
+        name (`str`): tells the study from the others in the journal.
+        axes (`Mapping[str, list | Range]`): the values that settings may take.
+        trials (`Sequence[Mapping]` or `int`): the settings of each trial, or how many TPE shall choose.
+        maximize (`bool`): whether higher scores are better.
+    """
+
+    def __init__(
+        self,
+        journal: Path,
+        storage: Any,
+        name: str,
+        axes: Mapping[str, list | Range],
+        trials: Sequence[Mapping[str, Any]] | int,
+        maximize: bool,
+    ) -> None:
+        optuna = import_optuna()
+        self.name, self.axes, self.trials = name, axes, trials
+        self._locks = journal.with_name(f"{journal.name}.locks")
+        self._study = optuna.create_study(
+            storage=storage,
+            study_name=name,
+            direction="maximize" if maximize else "minimize",
+            load_if_exists=True,
+        )
+
+    def __len__(self) -> int:
+        return self.trials if isinstance(self.trials, int) else len(self.trials)
+
+    def _kept(self) -> dict[int, Any]:
+        """What the journal holds of each trial; of one that was begun twice, what ended."""
+        kept: dict[int, Any] = {}
+        for trial in self._study.get_trials(deepcopy=False):
+            number = trial.user_attrs.get(_NUMBER)
+            if number is not None and (number not in kept or trial.state.is_finished()):
+                kept[number] = trial
+        return kept
+
+    def ended(self) -> dict[int, dict[str, Any]]:
+        """Return the settings of the trials that have ended, by number."""
+        return {
+            number: dict(trial.params)
+            for number, trial in sorted(self._kept().items())
+            if trial.state.is_finished() and number < len(self)
+        }
+
+    def try_run(self, number: int, run: Callable[[dict[str, Any]], float | None]) -> bool:
+        """Run a trial, unless it has ended or another process is running it.
+
+        Args:
+            number: of the trial.
+            run: gives the score from the settings, or None where the trial failed, which counts as worse than any score.
+        """
+        from optuna.trial import TrialState
+
+        self._locks.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self._locks / f"{self.name}-{number:04d}", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            return False
+        try:
+            kept = self._kept().get(number)
+            if kept is not None and kept.state.is_finished():
+                return False
+            if kept is None:
+                self._begin(number)
+                kept = self._kept()[number]
+            score = run(dict(kept.params))
+            self._study.tell(kept.number, score, TrialState.PRUNED if score is None else None)
+        finally:
+            lock.release()
+        return True
+
+    def _begin(self, number: int) -> None:
+        optuna = import_optuna()
+        spaces = {name: _distribution(axis) for name, axis in self.axes.items()}
+        if isinstance(self.trials, int):
+            # Seeded by the number, as a sampler with the same seed would draw the same settings in every process
+            self._study.sampler = optuna.samplers.TPESampler(seed=number, constant_liar=True)
+            self._study.ask(spaces).set_user_attr(_NUMBER, number)
+            return
+        settings = dict(self.trials[number])
+        self._study.add_trial(
+            optuna.trial.create_trial(
+                state=optuna.trial.TrialState.RUNNING,
+                params=settings,
+                distributions={name: spaces[name] for name in settings},
+                user_attrs={_NUMBER: number},
             )
+        )
 
 
-def _suggest(trial: Any, name: str, axis: list | Range) -> Any:
+def _distribution(axis: list | Range) -> Any:
+    optuna = import_optuna()
     if not isinstance(axis, Range):
-        return trial.suggest_categorical(name, axis)
+        return optuna.distributions.CategoricalDistribution(axis)
     if axis.whole:
-        return trial.suggest_int(name, axis.first, int(axis.high), log=axis.low > 0)
-    return trial.suggest_float(name, axis.low, axis.high, log=axis.low > 0)
+        return optuna.distributions.IntDistribution(axis.first, int(axis.high), log=axis.low > 0)
+    return optuna.distributions.FloatDistribution(axis.low, axis.high, log=axis.low > 0)
+
+
+def work(studies: Sequence[Study], run: Callable[[int, dict[str, Any]], float | None]) -> None:
+    """Run what is left of the studies together with all other processes that do, and return when all has ended.
+
+    The first trials of all studies come before the second ones.
+
+    Args:
+        studies: the same in every process.
+        run: runs a trial from the study's position in the list and the settings; see `Study.try_run`.
+    """
+    if not PartialState().is_main_process:
+        while (job := _from_main_process(None)) is not None:
+            run(*job)
+        return
+
+    def run_everywhere(position: int, settings: dict[str, Any]) -> float | None:
+        return run(*_from_main_process((position, settings)))
+
+    while left := list(_left(studies)):
+        ran = [studies[position].try_run(number, partial(run_everywhere, position)) for position, number in left]
+        if not any(ran):
+            logger.info("Waiting for %d trials of other processes.", len(left))
+            time.sleep(_POLL_SECONDS)
+    _from_main_process(None)
+
+
+def _left(studies: Sequence[Study]) -> Iterable[tuple[int, int]]:
+    ended = [study.ended() for study in studies]
+    longest = max(map(len, studies), default=0)
+    for number in range(longest):
+        for position, study in enumerate(studies):
+            if number < len(study) and number not in ended[position]:
+                yield position, number
+
+
+def _from_main_process(job: Any) -> Any:
+    """What the main process gives, in all processes."""
+    box = [job]
+    broadcast_object_list(box)
+    return box[0]

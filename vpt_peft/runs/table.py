@@ -1,53 +1,146 @@
-"""Trials as a table."""
+"""Tables of a comparison or a sweep, in markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from ..reporting import SPLITS, Shown, markdown_table, shown
+from ..reporting import Shown, markdown_table
+from ..reporting.statistics import differences, per_data, summarize
 from ..tasks import Task
-from .trials import Trial
+from ..tasks.base import Metric
 
 
-def trials_table(trials: Sequence[Trial], results: Sequence[str], task: Task) -> str:
-    """Return trials as a markdown table: settings, number of runs, mean and deviation of results, what failed.
+if TYPE_CHECKING:
+    import pandas
+
+
+def metric_named(task: Task, name: str) -> Metric:
+    """The metric of a task by its name."""
+    return next(metric for metric in task.metrics if metric.name == name)
+
+
+def shown_as(metric: Metric) -> Shown:
+    """How scores of a metric are shown."""
+    return Shown(metric.label, metric.scale, 2 if metric.percent else 3)
+
+
+def _text(show: Shown, value: float, deviation: float = math.nan) -> str:
+    if math.isnan(value):
+        return "-"
+    return show.text(value) + ("" if math.isnan(deviation) else f" ± {show.text(deviation)}")
+
+
+def summary_table(
+    results: pandas.DataFrame, column: str, metric: Metric, groups: Mapping[str, str] | None, rows: Sequence[str]
+) -> str:
+    """Return what each row reached and cost; see `summarize`."""
+    table, show = summarize(results, column, groups), shown_as(metric)
+    several = results["data"].nunique() > 1
+    lines = []
+    for row in rows:
+        if row not in table.index:
+            lines.append({"method": row, "runs": "0"})
+            continue
+        found = table.loc[row]
+        line = {
+            "method": row,
+            f"mean {show.title}" if several else show.title: _text(show, found["mean"], found["std"]),
+        }
+        if groups:
+            line["mean of groups"] = _text(show, found["group_mean"])
+        line |= {
+            "trainable": _count(found["method_parameters"]),
+            "with head": _count(found["parameters"]),
+            "file": _size(found["file_size"]),
+            "s": f"{found['seconds']:.1f}",
+            "memory": _size(found["memory"]),
+        }
+        if table["search_seconds"].any():
+            line["search s"] = f"{found['search_seconds']:.0f}"
+        if metric.percent and metric.higher_is_better:
+            line["PPT"] = "-" if math.isnan(found["ppt"]) else f"{found['ppt']:.3f}"
+        line["runs"] = f"{found['runs'] - found['failed']:.0f}"
+        if table["failed"].any():
+            line["failed"] = f"{found['failed']:.0f}"
+        lines.append(line)
+    return _table(lines, ["method"])
+
+
+def data_table(
+    results: pandas.DataFrame, column: str, metric: Metric, rows: Sequence[str], data: Sequence[str]
+) -> str:
+    """Return what each row reached on each data set."""
+    (means, deviations), show = per_data(results, column), shown_as(metric)
+    lines = [
+        {"method": row}
+        | {name: _text(show, means.at[row, name], deviations.at[row, name]) for name in data if name in means.columns}
+        for row in rows
+        if row in means.index
+    ]
+    return _table(lines, ["method"])
+
+
+def difference_table(results: pandas.DataFrame, column: str, metric: Metric, rows: Sequence[str]) -> str:
+    """Return how far the other rows are from the first; see `differences`."""
+    reference, show = rows[0], shown_as(metric)
+    found = differences(results, column, reference)
+    lines = [
+        {
+            "method": str(row),
+            f"minus {reference}": f"{show.scale * line['difference']:+.{show.digits}f}",
+            "95 % interval": "-"
+            if math.isnan(line["low"])
+            else f"{show.scale * line['low']:+.{show.digits}f} to {show.scale * line['high']:+.{show.digits}f}",
+            "lowest": f"{show.scale * line['lowest']:+.{show.digits}f} ({line['lowest_data']})",
+            "pairs": f"{line['pairs']:.0f}",
+        }
+        for row, line in found.reindex([row for row in rows if row in found.index]).iterrows()
+    ]
+    return _table(lines, ["method", "lowest"]) if lines else ""
+
+
+def trials_table(results: Sequence[Mapping[str, Any]], metric: str, task: Task) -> str:
+    """Return the trials of a search, in the order given.
 
     Args:
-        trials (`Sequence[Trial]`): the rows, in this order.
-        results (`Sequence[str]`): names of results; those that no trial has are left out.
-        task (`Task`): says how its metrics are shown.
+        results: as `make_result` gives them; at least one.
+        metric: by which settings are chosen, without a prefix.
+        task: says how it is shown.
     """
-    columns = {name: column for name in results if (column := _column(name, trials, task)) is not None}
-    failed = any(trial.errors for trial in trials)
-    rows = [
-        {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in trial.settings.items()}
-        | {"runs": str(len(trial.metrics))}
-        | {column.title: _cell(trial, name, column) for name, column in columns.items()}
-        | ({"failed": _reasons(trial)} if failed else {})
-        for trial in trials
-    ]
-    return markdown_table(rows, left=[*trials[0].settings, "failed"])
+    show = Shown("loss", digits=3) if metric == "loss" else shown_as(metric_named(task, metric))
+    names = list(dict.fromkeys(name for each in results for name in each["run_info"]["settings"]))
+    failed = any(each["run_info"]["error_msg"] for each in results)
+    lines = []
+    for each in results:
+        found, settings = each["train_info"]["metrics"], each["run_info"]["settings"]
+        line = {name: _value(settings[name]) if name in settings else "default" for name in names}
+        line[f"validation {show.title}"] = _text(show, found.get(f"eval_{metric}", math.nan))
+        if metric != "loss":
+            line["validation loss"] = _text(Shown("", digits=3), found.get("eval_loss", math.nan))
+        line["s"] = _text(Shown(""), found.get("train_runtime", math.nan))
+        if failed:
+            # The first sentence; the whole text is in the result's file
+            line["failed"] = each["run_info"]["error_msg"].split(". ")[0]
+        lines.append(line)
+    return _table(lines, [*names, "failed"])
 
 
-def _column(name: str, trials: Sequence[Trial], task: Task) -> Shown | None:
-    values = [metrics[name] for trial in trials for metrics in trial.metrics if name in metrics]
-    split, _, short = name.partition("_")
-    metric = next((metric for metric in task.metrics if metric.name == short), None)
-    if not values or metric is None or split not in SPLITS:
-        return shown(name, values) if values else None
-    return Shown(f"{SPLITS[split]} {metric.label}", metric.scale, 2 if metric.percent else 3)
+def _value(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _cell(trial: Trial, name: str, column: Shown) -> str:
-    mean, deviation = trial.mean(name), trial.deviation(name)
-    if mean is None:
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _size(value: float) -> str:
+    if math.isnan(value):
         return "-"
-    # Every seed trains the same parameters
-    if deviation is None or name == "trainable_parameters":
-        return column.text(mean)
-    return f"{column.text(mean)} ± {column.text(deviation)}"
+    return f"{value / 1e6:,.2f} MB" if value < 1e7 else f"{value / 1e6:,.0f} MB"
 
 
-def _reasons(trial: Trial) -> str:
-    # The first sentence; the whole text is in the results file
-    return "; ".join(f"seed {seed}: {error.split('. ')[0]}" for seed, error in trial.errors.items())
+def _table(lines: list[dict[str, str]], left: Sequence[str]) -> str:
+    titles = dict.fromkeys(name for line in lines for name in line)
+    return markdown_table([{title: line.get(title, "-") for title in titles} for line in lines], left=left)

@@ -95,17 +95,23 @@ class SavedBytes:
         self._hooks.__exit__(*error)
 
 
+def expected_bytes(trainer: Trainer, counts: ParameterCounts, cost: StepCost) -> float:
+    """Return the bytes of weights, gradients, optimizer state and the activations of a batch, extrapolated from `cost`."""
+    args = trainer.args
+    model: Any = trainer.model
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    states = 4 if "sgd" in str(args.optim) else 8
+    activations = cost.activation_bytes * args.per_device_train_batch_size / cost.images
+    return weights + counts.trainable * (4 + states) + activations
+
+
 def describe_run(trainer: Trainer, counts: ParameterCounts, cost: StepCost) -> str:
     """Return the lines shown before training: what trains, and expected memory and time, extrapolated from `cost`."""
     args = trainer.args
-    model: Any = trainer.model
     dataset: Any = trainer.train_dataset
     share = 100 * counts.trainable / counts.total
     batch, images = args.per_device_train_batch_size, len(dataset)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    states = 4 if "sgd" in str(args.optim) else 8
-    activations = cost.activation_bytes * batch / cost.images
-    total = weights + counts.trainable * (4 + states) + activations
+    total = expected_bytes(trainer, counts, cost)
     seconds = images / args.world_size * (cost.load_seconds + cost.step_seconds) / cost.images
     return (
         f"Trains {counts.trainable:,} of {counts.total:,} parameters ({share:.2f} %): prompts and the like "

@@ -24,7 +24,7 @@ from .feature_cache import FeatureCache, FeaturesTooLarge, default_cache_dir
 from .features import FEATURES, CachedForward, SplitPoint, find_split_point
 from .model import build_model, check_trainable, load_image_processor, resolve_model_path
 from .output import claim_output_dir, full_disk_explained, last_checkpoint, prepare_output_dir
-from .report import describe_run, measure_step
+from .report import describe_run, expected_bytes, measure_step
 from .trainer import TrainingDiverged, VPTTrainer
 from .trainer_inputs import start_prompts, trainer_inputs
 
@@ -101,8 +101,11 @@ def train(arguments: Arguments, with_test: bool = True) -> dict[str, float]:
         if method.early_stopping_patience is not None:
             training.restore_callback_states_from_checkpoint = True
             trainer.add_callback(EarlyStoppingCallback(method.early_stopping_patience))
+        expected = 0.0
         if trainer.is_world_process_zero():
-            logger.info(describe_run(trainer, counts, measure_step(trainer)))
+            cost = measure_step(trainer)
+            expected = expected_bytes(trainer, counts, cost)
+            logger.info(describe_run(trainer, counts, cost))
 
         # Training
         set_seed(training.seed)
@@ -121,6 +124,7 @@ def train(arguments: Arguments, with_test: bool = True) -> dict[str, float]:
             "trainable_parameters": counts.trainable,
             "head_parameters": counts.head,
             "total_parameters": counts.total,
+            "expected_bytes": expected,
             "saved_bytes": saved_bytes,
             "train_samples": images["train"],
         }
