@@ -33,6 +33,8 @@ def comparison_of(grid: Grid, searched: bool) -> Comparison:
         _row_name(grid, settings): settings
         for settings in grid.combinations([name for name in axes if name not in ranges])
     }
+    if searched and not ranges:
+        raise ValueError("nothing varies; give a flag several values, as in --learning_rate 1e-3 5e-3.")
     num_trials = own.get("num_trials")
     if num_trials is not None and num_trials < 1:
         raise ValueError(f"num_trials={num_trials} must be at least 1.")
