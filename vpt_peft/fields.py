@@ -2,8 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+def check_fields(config: Any) -> None:
+    """Check a dataclass's flags, choices and numbers against their type hints and the bounds in their metadata.
+
+    Raises:
+        TypeError: A field has a value of the wrong type.
+        ValueError: A value is none of the choices, or out of bounds ("least", "most", "below").
+    """
+    hints = get_type_hints(type(config))
+    for each in dataclasses.fields(config):
+        name, value, hint = each.name, getattr(config, each.name), hints[each.name]
+        options = [hint] if get_origin(hint) is Literal else [*get_args(hint), hint]
+        if value is None and type(None) in options:
+            continue
+        bounds = {key: bound for key, bound in each.metadata.items() if key in ("least", "most", "below")}
+        choices = next((get_args(option) for option in options if get_origin(option) is Literal), None)
+        if choices is not None:
+            check_choice(name, value, ((None,) if type(None) in options else ()) + choices)
+        elif hint is bool:
+            check_flag(name, value)
+        elif hint is float:
+            check_float(name, value, **bounds)
+        elif bounds and int in options:
+            check_int(name, value, **bounds)
+
+
+def refuse(*cases: tuple[Any, str], error: type[Exception] = ValueError) -> None:
+    """Raise `error` with the message of the first case that holds."""
+    for holds, message in cases:
+        if holds:
+            raise error(message)
 
 
 def check_int(name: str, value: Any, least: int = 1, most: int | None = None) -> None:

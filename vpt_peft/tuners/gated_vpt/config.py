@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vpt_peft.fields import check_choice, check_flag, check_float, check_int
+from vpt_peft.fields import refuse
 from vpt_peft.registration import add_peft_type
 from vpt_peft.tuners.vpt.config import VPTConfig
 
@@ -31,7 +31,7 @@ class GatedVPTConfig(VPTConfig):
         default=5.0, metadata={"help": "The papers' number: the gate's logit starts at MINUS this, nearly closed."}
     )
     num_gates: int | None = field(
-        default=None, metadata={"help": "The first so many blocks are gated; None: all but the last."}
+        default=None, metadata={"help": "The first so many blocks are gated; None: all but the last.", "least": 0}
     )
     attention_temperature: bool = field(default=True, metadata={"help": "One learnable temperature per block."})
     temperature_min: float = field(default=0.01, metadata={"help": "Lower clamp of the temperatures."})
@@ -41,39 +41,21 @@ class GatedVPTConfig(VPTConfig):
         super().__post_init__()
         self.peft_type = add_peft_type("GATED_PROMPT")
 
-    def _check_values(self) -> None:
-        super()._check_values()
-        check_choice("gate", self.gate, ("scalar", "elementwise", "none"))
-        check_float("gate_init", self.gate_init)
-        if self.num_gates is not None:
-            check_int("num_gates", self.num_gates, least=0)
-        check_flag("attention_temperature", self.attention_temperature)
-        check_float("temperature_min", self.temperature_min)
-        check_float("temperature_max", self.temperature_max)
-
     def _check_combinations(self) -> None:
         super()._check_combinations()
-        refusals = {
-            "deep=True": self.deep,
-            "layers_to_transform": self.layers_to_transform is not None,
-            "propagate=False": not self.propagate,
-            "share_prompts=True": self.share_prompts,
-        }
-        for name, refused in refusals.items():
-            if refused:
-                raise ValueError(
-                    f"{name} has no meaning for gated prompts: one set enters first and flows on. Drop it."
-                )
-        if self.prompt_location != "prepend":
-            raise ValueError(
-                f"prompt_location={self.prompt_location!r} leaves no prompt tokens to gate; use 'prepend', or VPTConfig."
-            )
-        if self.implementation == "kv":
-            raise ValueError("implementation='kv' is not exact for gated prompts, whose outputs matter; use 'auto'.")
-        if self.gate == "none" and self.num_gates is not None:
-            raise ValueError(f"num_gates={self.num_gates} has no meaning with gate='none'; drop it.")
-        if not 0 < self.temperature_min < self.temperature_max:
-            raise ValueError(
-                f"temperature_min={self.temperature_min} must be above 0 and below "
-                f"temperature_max={self.temperature_max}."
-            )
+        no_meaning = "has no meaning for gated prompts: one set enters first and flows on. Drop it."
+        lowest, highest = self.temperature_min, self.temperature_max
+        refuse(
+            (self.deep, f"deep=True {no_meaning}"),
+            (self.layers_to_transform is not None, f"layers_to_transform {no_meaning}"),
+            (not self.propagate, f"propagate=False {no_meaning}"),
+            (self.share_prompts, f"share_prompts=True {no_meaning}"),
+            (self.prompt_location != "prepend",
+             f"prompt_location={self.prompt_location!r} leaves no prompt tokens to gate; use 'prepend', or VPTConfig."),
+            (self.implementation == "kv",
+             "implementation='kv' is not exact for gated prompts, whose outputs matter; use 'auto'."),
+            (self.gate == "none" and self.num_gates is not None,
+             f"num_gates={self.num_gates} has no meaning with gate='none'; drop it."),
+            (not 0 < lowest < highest,
+             f"temperature_min={lowest} must be above 0 and below temperature_max={highest}."),
+        )  # fmt: skip

@@ -8,18 +8,14 @@ from typing import Any, Literal
 
 from peft import PeftConfig
 
-from vpt_peft.fields import check_choice, check_flag, check_float, check_int
+from vpt_peft.fields import check_choice, check_fields, check_int, refuse
 from vpt_peft.registration import add_peft_type
 
 
 # More prompts than this outnumber the tokens of any image encoder a thousand times over; a slip, not a wish.
 MAX_VIRTUAL_TOKENS = 100_000
 
-LOCATIONS = ("prepend", "add", "add_shared", "prepend_pixel", "pad", "channel")
 PIXEL_LOCATIONS = ("prepend_pixel", "pad", "channel")
-POOLINGS = (None, "class", "image", "prompt", "image_prompt")
-INITS = ("xavier_uniform", "normal", "zeros")
-IMPLEMENTATIONS = ("auto", "kv", "token")
 BIAS_PLACES = ("value", "output", "mlp", "norm")
 
 
@@ -38,7 +34,7 @@ class VPTConfig(PeftConfig):
     num_virtual_tokens: int = field(
         default=10,
         metadata={"help": "Prompts per prompted block; for 'pad' the width of the frame in pixels, for 'channel' the "
-                          "number of extra input channels."},
+                          "number of extra input channels.", "least": 1, "most": MAX_VIRTUAL_TOKENS},
     )  # fmt: skip
     deep: bool = field(
         default=True, metadata={"help": "Every block has prompts of its own (VPT-deep), or only the first (shallow)."}
@@ -69,11 +65,15 @@ class VPTConfig(PeftConfig):
     pool_before_norm: bool = field(
         default=False, metadata={"help": "Take the mean before the final norm (MAE, MoCo-v3) instead of after it."}
     )
-    prompt_dropout: float = field(default=0.0, metadata={"help": "Dropout on the prompts, drawn per image."})
+    prompt_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout on the prompts, drawn per image.", "least": 0.0, "below": 1.0}
+    )
     projection_dim: int | None = field(
         default=None,
         metadata={
-            "help": "Width the prompts live in; one linear map, shared by the blocks, takes them to the tokens'."
+            "help": "Width the prompts live in; one linear map, shared by the blocks, takes them to the tokens'.",
+            "least": 1,
+            "most": 1_000_000,
         },
     )
     project_patches: bool = field(
@@ -135,121 +135,74 @@ class VPTConfig(PeftConfig):
         self._check_combinations()
 
     def _check_values(self) -> None:
-        check_int("num_virtual_tokens", self.num_virtual_tokens, most=MAX_VIRTUAL_TOKENS)
-        for name in ("deep", "layers_from_end", "propagate", "share_prompts", "pool_before_norm", "project_patches", "skip_unread",
-                     "base_in_eval", "self_check", "init_weights"):  # fmt: skip
-            check_flag(name, getattr(self, name))
-        check_choice("prompt_location", self.prompt_location, LOCATIONS)
-        check_choice("token_type", self.token_type, ("patch", "class"))
-        check_choice("pooling", self.pooling, POOLINGS)
-        check_choice("init_prompts", self.init_prompts, INITS)
-        check_choice("implementation", self.implementation, IMPLEMENTATIONS)
-        self._check_bias()
-        self._check_labels()
-        check_float("prompt_dropout", self.prompt_dropout, least=0.0, below=1.0)
-        if self.projection_dim is not None:
-            check_int("projection_dim", self.projection_dim, most=1_000_000)
+        check_fields(self)
         if self.backbone is not None and not isinstance(self.backbone, str):
             raise TypeError(f"backbone={self.backbone!r} must be the dotted path of a module, or None.")
         if isinstance(self.modules_to_save, (tuple, set)):
             self.modules_to_save = list(self.modules_to_save)
-        if self.modules_to_save is not None and (
-            not isinstance(self.modules_to_save, list) or not all(isinstance(n, str) for n in self.modules_to_save)
-        ):
-            raise TypeError(f"modules_to_save={self.modules_to_save!r} must be a list of module names, or None.")
-        self._check_layers()
-
-    def _check_bias(self) -> None:
+        names = [] if self.modules_to_save is None else self.modules_to_save
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"modules_to_save={names!r} must be a list of module names, or None.")
         if isinstance(self.bias, str):
             check_choice("bias", self.bias, ("none", "all"))
-            return
-        if not isinstance(self.bias, (list, tuple, set)) or not self.bias or not set(self.bias) <= set(BIAS_PLACES):
-            raise ValueError(
-                f"bias={self.bias!r} must be 'none', 'all' or a list of {', '.join(map(repr, BIAS_PLACES))}."
-            )
-        self.bias = [place for place in BIAS_PLACES if place in self.bias]
-
-    def _check_labels(self) -> None:
-        labels = self.id2label
-        if labels is None:
-            return
-        if not isinstance(labels, dict) or not all(isinstance(label, str) for label in labels.values()):
-            raise TypeError(f"id2label={labels!r} must be a dict from class index to label, or None.")
-        try:
-            # Indices are strings after a way through JSON
-            self.id2label = {int(index): label for index, label in labels.items()}
-        except (TypeError, ValueError):
-            raise TypeError(f"id2label={labels!r}: its keys must be class indices.") from None
-        if sorted(self.id2label) != list(range(len(labels))) or not labels:
-            raise ValueError(
-                f"id2label: its keys must be 0 to {max(len(labels) - 1, 0)} without gaps, not {list(labels)}."
-            )
-
-    def _check_layers(self) -> None:
+        elif isinstance(self.bias, (list, tuple, set)) and self.bias and set(self.bias) <= set(BIAS_PLACES):
+            self.bias = [place for place in BIAS_PLACES if place in self.bias]
+        else:
+            raise ValueError(f"bias={self.bias!r} must be 'none', 'all' or a list of {str(BIAS_PLACES)[1:-1]}.")
+        if self.id2label is not None:
+            self.id2label = _checked_labels(self.id2label)
         layers = self.layers_to_transform
         if layers is None:
             return
-        if isinstance(layers, int):
-            check_int("layers_to_transform", layers, least=0)
-            return
-        if not isinstance(layers, (list, tuple, set, range)):
+        if not isinstance(layers, (int, list, tuple, set, range)):
             raise TypeError(f"layers_to_transform={layers!r} must be a list of block indices, an integer or None.")
-        for layer in layers:
+        for layer in [layers] if isinstance(layers, int) else layers:
             check_int("layers_to_transform", layer, least=0)
-        if not layers:
-            raise ValueError("layers_to_transform=[] names no block; give at least one index, or None.")
-        self.layers_to_transform = sorted(set(layers))
+        if not isinstance(layers, int):
+            if not layers:
+                raise ValueError("layers_to_transform=[] names no block; give at least one index, or None.")
+            self.layers_to_transform = sorted(set(layers))
 
     def _check_combinations(self) -> None:
-        where, kept = self.prompt_location, "leave it at its default"
-        if where in PIXEL_LOCATIONS:
-            # `deep` is True by default and says nothing about prompts that are pixels.
-            self.deep = False
-            if self.layers_to_transform is not None:
-                raise ValueError(
-                    f"layers_to_transform has no meaning for prompt_location={where!r}: pixels enter once."
-                )
-        if where != "prepend":
-            for name, refused in (
-                ("projection_dim", self.projection_dim is not None),
-                ("project_patches", self.project_patches),
-            ):
-                if refused:
-                    raise ValueError(f"{name} is defined for prompt tokens only, not for {where!r}; {kept}.")
-            if self.implementation == "kv":
-                raise ValueError(f"implementation='kv' has no meaning for prompt_location={where!r}; use 'auto'.")
+        where = self.prompt_location
         for name in ("target_modules", "exclude_modules"):
             if getattr(self, name) is not None:
                 warnings.warn(
                     f"{name} has no effect: blocks are found in the model, choose them by layers_to_transform.",
                     stacklevel=4,
                 )
-        if where in ("pad", "channel") and self.prompt_dropout > 0.0:
-            raise ValueError(f"prompt_dropout={self.prompt_dropout} is for prompt tokens, not for {where!r}; drop it.")
-        if where not in ("prepend", "prepend_pixel"):
-            if not self.propagate:
-                raise ValueError(
-                    f"propagate=False needs prompt tokens that could flow on; {where!r} has none. Drop it."
-                )
-            if self.pooling in ("prompt", "image_prompt"):
-                raise ValueError(f"pooling={self.pooling!r} needs prompt tokens; prompt_location={where!r} has none.")
-            if self.token_type == "class":
-                raise ValueError(f"token_type='class' needs prompt tokens; prompt_location={where!r} has none.")
-        if self.layers_from_end and self.layers_to_transform is None:
-            raise ValueError("layers_from_end=True says how to read layers_to_transform, which is not given.")
-        if self.project_patches and self.projection_dim is not None:
-            raise ValueError("projection_dim and project_patches are two readings of one option; set only one.")
-        if self.token_type == "class" and self.pooling not in (None, "class"):
-            raise ValueError(
-                f"token_type='class' already says what the head reads (class token and prompts); drop "
-                f"pooling={self.pooling!r}."
-            )
-        if self.pool_before_norm and self.pooling in (None, "class") and self.token_type == "patch":
-            raise ValueError(
-                "pool_before_norm=True needs a mean to take: set pooling to 'image', 'prompt' or 'image_prompt'."
-            )
-        if self.share_prompts and not self.deep and self.layers_to_transform is None:
-            raise ValueError("share_prompts=True needs several prompted blocks: set deep=True or layers_to_transform.")
+        as_pixels, not_tokens = where in PIXEL_LOCATIONS, where not in ("prepend", "prepend_pixel")
+        if as_pixels:
+            # `deep` is True by default and says nothing about prompts that are pixels.
+            self.deep = False
+        at_default = f"is defined for prompt tokens only, not for {where!r}; leave it at its default."
+        takes_class = self.token_type == "class"
+        has_layers = self.layers_to_transform is not None
+        refuse(
+            (as_pixels and has_layers, f"layers_to_transform has no meaning for prompt_location={where!r}: pixels enter once."),
+            (where != "prepend" and self.projection_dim is not None, f"projection_dim {at_default}"),
+            (where != "prepend" and self.project_patches, f"project_patches {at_default}"),
+            (where != "prepend" and self.implementation == "kv",
+             f"implementation='kv' has no meaning for prompt_location={where!r}; use 'auto'."),
+            (where in ("pad", "channel") and self.prompt_dropout > 0.0,
+             f"prompt_dropout={self.prompt_dropout} is for prompt tokens, not for {where!r}; drop it."),
+            (not_tokens and not self.propagate,
+             f"propagate=False needs prompt tokens that could flow on; {where!r} has none. Drop it."),
+            (not_tokens and self.pooling in ("prompt", "image_prompt"),
+             f"pooling={self.pooling!r} needs prompt tokens; prompt_location={where!r} has none."),
+            (not_tokens and takes_class, f"token_type='class' needs prompt tokens; prompt_location={where!r} has none."),
+            (self.layers_from_end and not has_layers,
+             "layers_from_end=True says how to read layers_to_transform, which is not given."),
+            (self.project_patches and self.projection_dim is not None,
+             "projection_dim and project_patches are two readings of one option; set only one."),
+            (takes_class and self.pooling not in (None, "class"),
+             "token_type='class' already says what the head reads (class token and prompts); drop "
+             f"pooling={self.pooling!r}."),
+            (self.pool_before_norm and self.pooling in (None, "class") and not takes_class,
+             "pool_before_norm=True needs a mean to take: set pooling to 'image', 'prompt' or 'image_prompt'."),
+            (self.share_prompts and not self.deep and not has_layers,
+             "share_prompts=True needs several prompted blocks: set deep=True or layers_to_transform."),
+        )  # fmt: skip
 
     def note_found(self, **values: Any) -> None:
         """Set fields that were left open to what was found in a model; they stay open for the next model."""
@@ -286,3 +239,18 @@ class VPTConfig(PeftConfig):
     def reads_prompts(self) -> bool:
         """Whether the head reads what the last block makes of the prompts."""
         return self.pooling in ("prompt", "image_prompt") or self.token_type == "class"
+
+
+def _checked_labels(labels: Any) -> dict[int, str]:
+    if not isinstance(labels, dict) or not all(isinstance(label, str) for label in labels.values()):
+        raise TypeError(f"id2label={labels!r} must be a dict from class index to label, or None.")
+    try:
+        # Indices are strings after a way through JSON
+        checked = {int(index): label for index, label in labels.items()}
+    except (TypeError, ValueError):
+        raise TypeError(f"id2label={labels!r}: its keys must be class indices.") from None
+    if sorted(checked) != list(range(len(labels))) or not labels:
+        raise ValueError(
+            f"id2label: its keys must be 0 to {max(len(labels) - 1, 0)} without gaps, not {list(labels)}."
+        )
+    return checked

@@ -6,6 +6,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -68,6 +69,7 @@ def owner_of(module: nn.Module) -> Owner:
 BlockPrompts = list[tuple[Adapter, BlockLayout]]
 
 
+@dataclass(slots=True, eq=False)
 class BlockPass:
     """What travels through one block in one forward pass.
 
@@ -75,30 +77,26 @@ class BlockPass:
         index: The block.
         prompts: The active adapters that have a part in the block, with what it does for them.
         mixed: The mixed batch, if it is one.
-        batch: Number of images, where it is known.
         states: Prompts that flow in, `(batch, prompts, width)`, by adapter; then what entered the block.
+        batch: Number of images, where it is known.
+        inserted: Number of prompt tokens in the sequence.
+        padding: Where they pad a mixed batch.
+        window_outputs: What attention gave for window prompts, `(batch, prompts, width)`.
+        all_tokens: Of a last block that makes its prefix tokens alone, `(batch, tokens, width)`.
     """
 
-    __slots__ = ("index", "prompts", "mixed", "batch", "states", "inserted", "padding", "window_outputs", "all_tokens")
-
-    def __init__(
-        self,
-        index: int,
-        prompts: BlockPrompts,
-        mixed: MixedBatch | None = None,
-        batch: int = 1,
-        states: dict[str, torch.Tensor] | None = None,
-    ) -> None:
-        self.index, self.prompts, self.mixed, self.batch = index, prompts, mixed, batch
-        self.states: dict[str, torch.Tensor] = {} if states is None else states
-        # Number of prompt tokens in the sequence, and where they pad a mixed batch
-        self.inserted = 0
-        self.padding: torch.Tensor | None = None
-        self.window_outputs: torch.Tensor | None = None
-        # Of a last block that makes its prefix tokens alone
-        self.all_tokens: torch.Tensor | None = None
+    index: int
+    prompts: BlockPrompts
+    mixed: MixedBatch | None
+    states: dict[str, torch.Tensor]
+    batch: int = 1
+    inserted: int = 0
+    padding: torch.Tensor | None = None
+    window_outputs: torch.Tensor | None = None
+    all_tokens: torch.Tensor | None = None
 
 
+@dataclass(eq=False)
 class ForwardPass:
     """One call of an encoder: the adapters it started with and their prompts on the way through the blocks.
 
@@ -108,50 +106,38 @@ class ForwardPass:
         mixed: The mixed batch, if it is one.
         checkpointing: Blocks may run again in the backward pass.
         reentrant: By re-entrant checkpointing.
+        states: Prompts on their way to the next block, `(batch, prompts, width)` by adapter.
+        final: Those that the head reads.
+        block: The part of this pass in the block that runs.
+        projecting: The adapter whose prompts are being projected, where each image has its own.
+        is_of_block: A block runs by itself, without its encoder.
+        before: The pass of another encoder that this one stands in.
     """
 
-    def __init__(
-        self,
-        owner: Owner,
-        adapters: list[Adapter],
-        mixed: MixedBatch | None = None,
-        checkpointing: bool = False,
-        reentrant: bool = False,
-    ) -> None:
-        self.owner, self.adapters, self.mixed = owner, adapters, mixed
-        self.checkpointing, self.reentrant = checkpointing, reentrant
-        # Prompts on their way to the next block, and those that the head reads: `(batch, prompts, width)` by adapter
-        self.states: dict[str, torch.Tensor] = {}
-        self.final: dict[str, torch.Tensor] = {}
-        self.block: BlockPass | None = None
-        # The adapter whose prompts are being projected, where each image has its own
-        self.projecting: Adapter | None = None
-        # A block that runs by itself, without its encoder
-        self.is_of_block = False
-        # The pass of another encoder that this one stands in
-        self.before: ForwardPass | None = None
+    owner: Owner
+    adapters: list[Adapter]
+    mixed: MixedBatch | None = None
+    checkpointing: bool = False
+    reentrant: bool = False
+    states: dict[str, torch.Tensor] = field(default_factory=dict)
+    final: dict[str, torch.Tensor] = field(default_factory=dict)
+    block: BlockPass | None = None
+    projecting: Adapter | None = None
+    is_of_block: bool = False
+    before: ForwardPass | None = None
 
     def block_pass(self, index: int) -> BlockPass:
         """The part of this pass in block `index`, begun where it has not been."""
         if self.block is None or self.block.index != index:
-            prompts: BlockPrompts = []
-            for adapter in self.adapters:
-                layout = adapter.layout[index]
-                if layout is not None:
-                    prompts.append((adapter, layout))
-            self.block = BlockPass(index, prompts, self.mixed, 1, self.states)
-            self.states = {}
+            layouts = ((adapter, adapter.layout[index]) for adapter in self.adapters)
+            prompts = [(adapter, layout) for adapter, layout in layouts if layout is not None]
+            self.block, self.states = BlockPass(index, prompts, self.mixed, self.states), {}
         return self.block
 
     def for_another_run(self) -> ForwardPass:
         """What the running block needs to run again; nothing that comes behind it, which would keep itself alive."""
-        again = ForwardPass(self.owner, self.adapters, self.mixed, self.checkpointing, self.reentrant)
-        again.states = dict(self.states)
-        if self.block is not None:
-            block = self.block
-            again.block = BlockPass(block.index, block.prompts, block.mixed, block.batch, block.states)
-            again.block.inserted, again.block.padding = block.inserted, block.padding
-        return again
+        block = None if self.block is None else replace(self.block, window_outputs=None, all_tokens=None)
+        return replace(self, states=dict(self.states), final={}, block=block, before=None)
 
 
 class _Local(threading.local):

@@ -1,4 +1,4 @@
-"""The hooks of the model and its encoder: a call and its forward pass begin and end here."""
+"""The hooks of the model and its encoder, where a call and its forward pass begin and end, and of the parts of both."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from vpt_peft.active import leave_call, requested_names
+from vpt_peft.encoder import submodule
 
-from . import pixels
 from .forward_pass import Owner, OwnerRef, begin_pass, end_pass, owner_of
 from .modes import freeze_modes, is_checkpointing, is_reentrant
+from .pixels import embed_with_channels, enter_image, require_input_grad
+from .pooling import pool_after, pool_before
 
 
 def refuse_replica(module: nn.Module) -> None:
@@ -54,9 +56,9 @@ def enter_encoder(encoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tu
         freeze_modes(owner, trains and checkpointing)
     for adapter in running.adapters if trains else ():
         adapter.begin()
-    changed = pixels.enter_image(running, args, kwargs, owner.interpolates)
+    changed = enter_image(running, args, kwargs, owner.interpolates)
     if reentrant and running.adapters:
-        changed = pixels.require_input_grad(*(changed or (args, kwargs)))
+        changed = require_input_grad(*(changed or (args, kwargs)))
     return changed
 
 
@@ -65,18 +67,31 @@ def leave_encoder(encoder: nn.Module, args: tuple, output: Any) -> None:
     end_pass(owner_of(encoder))
 
 
-def attach_model(owner: Owner) -> list[Any]:
-    """Register the hooks of the model and the encoder; returns their handles."""
-    owner.encoder.__dict__["_prompt_owner"] = owner.root.__dict__["_prompt_owner"] = OwnerRef(owner)
-    return [
+def attach_hooks(owner: Owner) -> list[Any]:
+    """Register the hooks of the model, its encoder, patch embedding and final norm; returns their handles."""
+    for module in _hooked(owner):
+        module.__dict__["_prompt_owner"] = OwnerRef(owner)
+    handles = [
         owner.root.register_forward_pre_hook(enter_model),
         owner.root.register_forward_hook(leave_model, always_call=True),
         owner.encoder.register_forward_pre_hook(enter_encoder, with_kwargs=True),
         owner.encoder.register_forward_hook(leave_encoder, always_call=True),
     ]
+    if owner.spec.patch_embedding is not None:
+        convolution = submodule(owner.encoder, owner.spec.patch_embedding)
+        handles.append(convolution.register_forward_hook(embed_with_channels))
+    if owner.spec.final_norm is not None:
+        norm = submodule(owner.encoder, owner.spec.final_norm)
+        handles += [norm.register_forward_pre_hook(pool_before), norm.register_forward_hook(pool_after)]
+    return handles
 
 
-def detach_model(owner: Owner) -> None:
-    """Forget the owner on the model and the encoder."""
-    for module in (owner.root, owner.encoder):
+def forget_owner(owner: Owner) -> None:
+    """Forget the owner on the modules with hooks."""
+    for module in _hooked(owner):
         module.__dict__.pop("_prompt_owner", None)
+
+
+def _hooked(owner: Owner) -> list[nn.Module]:
+    paths = [path for path in (owner.spec.patch_embedding, owner.spec.final_norm) if path is not None]
+    return [owner.root, owner.encoder, *(submodule(owner.encoder, path) for path in paths)]

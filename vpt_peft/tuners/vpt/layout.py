@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vpt_peft.encoder import EncoderError, EncoderSpec
+from vpt_peft.fields import refuse
 
 from .config import PIXEL_LOCATIONS, VPTConfig
 
@@ -132,25 +133,25 @@ def check_config(config: VPTConfig, spec: EncoderSpec) -> None:
         ValueError: An index is out of range.
     """
     make_layout(config, spec)
-    where = config.prompt_location
-    if where in PIXEL_LOCATIONS and (spec.patch_embedding is None or spec.image_size is None):
-        raise EncoderError(
-            f"prompt_location={where!r} needs an encoder that embeds image patches by a convolution; this one does not."
-        )
-    if where == "add" and not all(block.takes_tokens for block in spec.blocks):
-        raise EncoderError(f"prompt_location='add' needs one sequence of tokens: {spec.blocks[0].no_tokens_reason}.")
-    if where == "add_shared" and spec.packed:
-        raise EncoderError(f"prompt_location='add_shared' needs tokens by image: {spec.blocks[0].no_tokens_reason}.")
-    if config.project_patches and not spec.blocks[0].takes_tokens:
-        raise EncoderError(f"project_patches needs one sequence of tokens: {spec.blocks[0].no_tokens_reason}.")
-    if (config.pooling is not None or config.token_type == "class") and spec.final_norm is None:
-        raise EncoderError(
-            f"pooling={config.pooling!r}, token_type={config.token_type!r}: this encoder has no final norm over all its "
-            "tokens to pool around; leave both at their defaults."
-        )
-    if (config.pooling == "class" or config.token_type == "class") and not spec.special:
-        raise EncoderError("pooling by the class token: this encoder has no class token; use pooling='image' or None.")
-    if config.share_prompts and len({spec.blocks[i].width for i in prompted_blocks(config, spec)}) > 1:
-        raise EncoderError("share_prompts=True: the blocks' widths differ, one set cannot serve them all.")
-    if (config.projection_dim or config.project_patches) and len({b.width for b in spec.blocks}) > 1:
-        raise EncoderError("projection: the blocks' widths differ, one linear map cannot serve them all.")
+    where, first = config.prompt_location, spec.blocks[0]
+    pools, takes_class = config.pooling is not None, config.token_type == "class"
+    refuse(
+        (where in PIXEL_LOCATIONS and (spec.patch_embedding is None or spec.image_size is None),
+         f"prompt_location={where!r} needs an encoder that embeds image patches by a convolution; this one does not."),
+        (where == "add" and not all(block.takes_tokens for block in spec.blocks),
+         f"prompt_location='add' needs one sequence of tokens: {first.no_tokens_reason}."),
+        (where == "add_shared" and spec.packed,
+         f"prompt_location='add_shared' needs tokens by image: {first.no_tokens_reason}."),
+        (config.project_patches and not first.takes_tokens,
+         f"project_patches needs one sequence of tokens: {first.no_tokens_reason}."),
+        ((pools or takes_class) and spec.final_norm is None,
+         f"pooling={config.pooling!r}, token_type={config.token_type!r}: this encoder has no final norm over all its "
+         "tokens to pool around; leave both at their defaults."),
+        ((config.pooling == "class" or takes_class) and not spec.special,
+         "pooling by the class token: this encoder has no class token; use pooling='image' or None."),
+        (config.share_prompts and len({spec.blocks[i].width for i in prompted_blocks(config, spec)}) > 1,
+         "share_prompts=True: the blocks' widths differ, one set cannot serve them all."),
+        ((config.projection_dim or config.project_patches) and len({b.width for b in spec.blocks}) > 1,
+         "projection: the blocks' widths differ, one linear map cannot serve them all."),
+        error=EncoderError,
+    )  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 
 from vpt_peft.active import BASE
 from vpt_peft.encoder.inputs import IMAGE_INPUTS
+from vpt_peft.fields import refuse
 
 from .config import VPTConfig
 
@@ -34,44 +35,40 @@ class MixedBatch:
             self._rows[key] = torch.tensor(found, dtype=torch.long, device=device)
         return self._rows[key]
 
-    def flatten(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
-        """All prompts one after the other, `(1, prompts of all adapters, width)`.
+    def _places(self, shapes: tuple[tuple[str, int, int], ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where each image's prompts are among all of them, and which of these places hold no prompt."""
+        longest = max(length for _, _, length in shapes)
+        places = torch.zeros(len(self.names), longest, dtype=torch.long)
+        empty = torch.ones(len(self.names), longest, dtype=torch.bool)
+        start = 0
+        for name, sets, length in shapes:
+            images = [row for row, owner in enumerate(self.names) if owner == name]
+            for number, row in enumerate(images):
+                first = start + (number * length if sets > 1 else 0)
+                places[row, :length] = torch.arange(first, first + length)
+                empty[row, :length] = False
+            start += sets * length
+        return places, empty
+
+    def spread(self, parts: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Prompts side by side.
 
         Args:
             parts: Prompts per adapter: `(1, prompts, width)`, or one set per image of the adapter.
-        """
-        return torch.cat([part.reshape(1, -1, part.shape[-1]) for part in parts.values()], dim=1)
-
-    def index(self, parts: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Where each image's prompts are in the flattened ones.
 
         Returns:
-            Indices `(batch, longest)` and a boolean mask `(batch, longest)` of the places that hold no prompt, `None`
-            if all are taken.
+            Prompts per image, `(batch, longest, width)`, and a boolean mask `(batch, longest)` of the places that hold
+            none, `None` if all are taken.
         """
         shapes = tuple((name, part.shape[0], part.shape[1]) for name, part in parts.items())
-        device = next(iter(parts.values())).device
-        key = (shapes, device)
+        flat = torch.cat([part.reshape(-1, part.shape[-1]) for part in parts.values()])
+        key = (shapes, flat.device)
         if key not in self._index:
-            longest = max(length for _, _, length in shapes)
-            places = torch.zeros(len(self.names), longest, dtype=torch.long)
-            empty = torch.ones(len(self.names), longest, dtype=torch.bool)
-            start = 0
-            for name, sets, length in shapes:
-                images = [row for row, owner in enumerate(self.names) if owner == name]
-                for number, row in enumerate(images):
-                    first = start + (number * length if sets > 1 else 0)
-                    places[row, :length] = torch.arange(first, first + length)
-                    empty[row, :length] = False
-                start += sets * length
-            hidden = empty.to(device) if bool(empty.any()) else None
-            self._index[key] = places.to(device), hidden
-        return self._index[key]
-
-    def spread(self, parts: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Prompts per image, `(batch, longest, width)`, and the mask of places that hold none."""
-        places, hidden = self.index(parts)
-        return self.flatten(parts)[0][places], hidden
+            places, empty = self._places(shapes)
+            hidden = empty.to(flat.device) if bool(empty.any()) else None
+            self._index[key] = places.to(flat.device), hidden
+        places, hidden = self._index[key]
+        return flat[places], hidden
 
 
 def spread_heads(mixed: MixedBatch, parts: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -126,35 +123,21 @@ def check_mixed_batch(
         ValueError: A name is unknown, their number is not that of the images, labels are given, or an adapter changes
             the whole image.
     """
-    checked = check_names(names, known, training)
-    images = next((kwargs[name] for name in IMAGE_INPUTS if kwargs.get(name) is not None), args[0] if args else None)
-    if isinstance(images, torch.Tensor) and len(checked) != images.shape[0]:
-        raise ValueError(
-            f"adapter_names has {len(checked)} names for {images.shape[0]} images; give one per image. nn.DataParallel "
-            "splits images but not names: start one process per GPU (torchrun) instead."
-        )
-    if kwargs.get("labels") is not None:
-        raise ValueError("labels: a mixed batch (adapter_names) has no common loss; leave them out.")
-    refused = [n for n in set(checked) & set(configs) if configs[n].prompt_location in ("pad", "channel")]
-    if refused:
-        raise ValueError(f"adapter_names: {refused} change the whole image; run their images in a batch of their own.")
-    return tuple(checked)
-
-
-def check_names(names: object, known: Sequence[str], training: bool) -> list[str]:
-    """The adapter names of a batch, checked.
-
-    Raises:
-        TypeError: Not a list of names.
-        ValueError: A name is not an adapter of the model, or the model is in training mode.
-    """
     if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"adapter_names={names!r} must be a list with one adapter name per image.")
-    if training:
-        raise ValueError("adapter_names is for inference: call model.eval() first.")
+    images = next((kwargs[name] for name in IMAGE_INPUTS if kwargs.get(name) is not None), args[0] if args else None)
+    count = images.shape[0] if isinstance(images, torch.Tensor) else len(names)
     unknown = sorted(set(names) - set(known) - {BASE})
-    if unknown:
-        raise ValueError(
-            f"adapter_names holds {unknown}, but the model's adapters are {sorted(known)} (and '{BASE}' for none)."
-        )
-    return list(names)
+    whole = [n for n in set(names) & set(configs) if configs[n].prompt_location in ("pad", "channel")]
+    refuse(
+        (training, "adapter_names is for inference: call model.eval() first."),
+        (unknown,
+         f"adapter_names holds {unknown}, but the model's adapters are {sorted(known)} (and '{BASE}' for none)."),
+        (len(names) != count,
+         f"adapter_names has {len(names)} names for {count} images; give one per image. nn.DataParallel splits images "
+         "but not names: start one process per GPU (torchrun) instead."),
+        (kwargs.get("labels") is not None,
+         "labels: a mixed batch (adapter_names) has no common loss; leave them out."),
+        (whole, f"adapter_names: {whole} change the whole image; run their images in a batch of their own."),
+    )  # fmt: skip
+    return tuple(names)

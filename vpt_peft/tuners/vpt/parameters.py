@@ -18,16 +18,15 @@ from vpt_peft.encoder import EncoderSpec, submodule
 from vpt_peft.encoder.quantized import allow_packing, forbid_packing
 from vpt_peft.heads import HeadWrapper, LabelSwitch, trained_modules
 
-from . import biases, pixels
+from . import biases
 from .adapter import PromptAdapter
 from .config import VPTConfig
 from .forward_pass import ForwardPass
-from .hooks import attach_model, detach_model
+from .hooks import attach_hooks, forget_owner
 from .layer import PromptTunerLayer, VPTLayer
 from .layout import Layout, make_layout
 from .mixed import MixedBatch
 from .modes import checkpointed_modules, release_checkpointed
-from .pooling import attach_pooling, detach_pooling
 
 
 # Held while adapters change, so that a call that begins meanwhile sees them before or after
@@ -97,9 +96,7 @@ class VPTParameters(nn.Module, PromptTunerLayer):
             layers.append(layer)
         self.layers = tuple(layers)
         self.root.prompt_tuner = self
-        self._handles = attach_model(self)
-        self._handles += pixels.attach_patch_embedding(self)
-        self._handles += attach_pooling(self)
+        self._handles = attach_hooks(self)
         self._unpacked = tuple(forbid_packing(self.root))
         self.checkpointed = checkpointed_modules(self.encoder)
 
@@ -112,9 +109,7 @@ class VPTParameters(nn.Module, PromptTunerLayer):
             layer.detach()
             del layer.block.prompt_tuner
         del self.root.prompt_tuner
-        detach_model(self)
-        pixels.detach_patch_embedding(self)
-        detach_pooling(self)
+        forget_owner(self)
         biases.detach_offsets(self)
         release_checkpointed(self.checkpointed)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from vpt_peft.encoder import submodule
 from vpt_peft.encoder.inputs import IMAGE_INPUTS
 
 from .config import VPTConfig
-from .forward_pass import Adapter, ForwardPass, Owner, OwnerRef, current_pass, owner_of
+from .forward_pass import Adapter, ForwardPass, Owner, current_pass, owner_of
 from .parameter_set import ParameterSet
 
 
@@ -105,43 +107,29 @@ def _per_channel(values: tuple[float, float, float], images: torch.Tensor) -> to
     return torch.tensor(chosen, dtype=images.dtype, device=images.device).view(-1, 1, 1)
 
 
-def _image_argument(args: tuple, kwargs: dict[str, Any]) -> str | int:
-    return next((name for name in IMAGE_INPUTS if kwargs.get(name) is not None), 0)
-
-
-def images_of(args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The images among the arguments of an encoder or a whole model; `None` if there are none."""
-    where = _image_argument(args, kwargs)
-    return kwargs[str(where)] if where != 0 else args[0] if args else None
-
-
-def exchange_images(args: tuple, kwargs: dict[str, Any], images: torch.Tensor) -> tuple[tuple, dict[str, Any]]:
-    """The arguments with other images."""
-    where = _image_argument(args, kwargs)
-    return ((images, *args[1:]), kwargs) if where == 0 else (args, {**kwargs, str(where): images})
+def change_images(
+    args: tuple, kwargs: dict[str, Any], change: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of an encoder with its images `(batch, channels, height, width)` changed."""
+    name = next((name for name in IMAGE_INPUTS if kwargs.get(name) is not None), None)
+    return ((change(args[0]), *args[1:]), kwargs) if name is None else (args, {**kwargs, name: change(kwargs[name])})
 
 
 def enter_image(
     running: ForwardPass, args: tuple, kwargs: dict[str, Any], interpolates: bool
 ) -> tuple[tuple, dict[str, Any]] | None:
     """The encoder's arguments with a frame around the images, for active adapters that have one."""
-    changed = None
-    for adapter in running.adapters:
-        if adapter.config.prompt_location == "pad":
-            images = frame_images(adapter, images_of(args, kwargs))
-            args, kwargs = exchange_images(args, kwargs, images)
-            if tuple(images.shape[-2:]) != running.owner.spec.image_size and interpolates:
-                kwargs = {**kwargs, "interpolate_pos_encoding": True}
-            changed = args, kwargs
-    return changed
+    framing = [adapter for adapter in running.adapters if adapter.config.prompt_location == "pad"]
+    for adapter in framing:
+        args, kwargs = change_images(args, kwargs, partial(frame_images, adapter))
+    if framing and interpolates:
+        kwargs = {**kwargs, "interpolate_pos_encoding": True}
+    return (args, kwargs) if framing else None
 
 
 def require_input_grad(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """The encoder's arguments with images that require a gradient, so that re-entrant checkpointing records."""
-    images = images_of(args, kwargs)
-    if images.requires_grad:
-        return args, kwargs
-    return exchange_images(args, kwargs, images.detach().requires_grad_(True))
+    return change_images(args, kwargs, lambda im: im if im.requires_grad else im.detach().requires_grad_(True))
 
 
 def embed_with_channels(convolution: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
@@ -160,18 +148,3 @@ def embed_with_channels(convolution: nn.Module, args: tuple, output: torch.Tenso
             dtype = next(trained.parameters()).dtype
             return trained(torch.cat([images, channels], dim=1).to(dtype)).to(output.dtype)
     return None
-
-
-def attach_patch_embedding(owner: Owner) -> list:
-    """Register the hook on the patch embedding, if there is one; returns its handle."""
-    if owner.spec.patch_embedding is None:
-        return []
-    convolution = submodule(owner.encoder, owner.spec.patch_embedding)
-    convolution.__dict__["_prompt_owner"] = OwnerRef(owner)
-    return [convolution.register_forward_hook(embed_with_channels)]
-
-
-def detach_patch_embedding(owner: Owner) -> None:
-    """Forget the owner on the patch embedding."""
-    if owner.spec.patch_embedding is not None:
-        submodule(owner.encoder, owner.spec.patch_embedding).__dict__.pop("_prompt_owner", None)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
-from vpt_peft.encoder import EncoderSpec, submodule
+from vpt_peft.encoder import EncoderSpec
 
 from .config import VPTConfig
-from .forward_pass import ForwardPass, Owner, OwnerRef, current_pass, owner_of
+from .forward_pass import ForwardPass, current_pass, owner_of
 
 
 def pool(config: VPTConfig, spec: EncoderSpec, tokens: torch.Tensor, prompts: torch.Tensor | None) -> torch.Tensor:
@@ -75,18 +73,3 @@ def pool_after(norm: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tens
     """Forward hook of the final norm; prompts pass the same norm."""
     running = current_pass(owner_of(norm))
     return None if running is None else pool_adapters(running, output, norm)
-
-
-def attach_pooling(owner: Owner) -> list[Any]:
-    """Register the hooks on the final norm, if there is one; returns their handles."""
-    if owner.spec.final_norm is None:
-        return []
-    norm = submodule(owner.encoder, owner.spec.final_norm)
-    norm.__dict__["_prompt_owner"] = OwnerRef(owner)
-    return [norm.register_forward_pre_hook(pool_before), norm.register_forward_hook(pool_after)]
-
-
-def detach_pooling(owner: Owner) -> None:
-    """Forget the owner on the final norm."""
-    if owner.spec.final_norm is not None:
-        submodule(owner.encoder, owner.spec.final_norm).__dict__.pop("_prompt_owner", None)
