@@ -1,6 +1,6 @@
 """Prompts as keys and values: how they reach the attention of a block, and the arithmetic around them."""
 
-from .extras import AttentionExtras, AttentionMap, PromptedBlock, project_key_values, project_queries
+from .extras import AttentionExtras, AttentionMap, PromptedBlock, project
 from .intercept import attach_interceptor
 from .interface import PromptedConfig
 
@@ -11,6 +11,5 @@ __all__ = [
     "PromptedBlock",
     "PromptedConfig",
     "attach_interceptor",
-    "project_key_values",
-    "project_queries",
+    "project",
 ]

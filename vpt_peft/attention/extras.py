@@ -73,18 +73,22 @@ class AttentionExtras:
         """Number of key/value prompts."""
         return 0 if self.keys is None else self.keys.shape[-2]
 
-    def hidden_columns(self, keys: int, rows: int) -> torch.Tensor | None:
-        """Additive mask `(rows, 1, 1, prompts + keys)` that hides padding among prompts; `None` if there is none."""
-        some = self.mask if self.mask is not None else self.inserted_mask
-        if some is None:
+    def hidden_columns(self, keys: int, query: torch.Tensor) -> torch.Tensor | None:
+        """Additive mask `(rows, 1, ..., prompts + keys)` that hides padding among prompts; `None` if there is none.
+
+        Args:
+            keys: Length without key/value prompts.
+            query: Of the call, or its scores: the mask has its number of dimensions, rows and dtype.
+        """
+        if self.mask is None and self.inserted_mask is None:
             return None
-        columns = some.new_zeros((rows, 1, 1, self.prompts + keys))
+        rows, start = query.shape[0], self.prompts + self.prefix
+        columns = query.new_zeros((rows, self.prompts + keys))
         if self.mask is not None:
-            columns[..., : self.prompts] = over_rows(self.mask, rows)
+            columns[:, : self.prompts] = over_rows(self.mask.flatten(1), rows)
         if self.inserted_mask is not None:
-            start = self.prompts + self.prefix
-            columns[..., start : start + self.inserted] = over_rows(self.inserted_mask, rows)
-        return columns
+            columns[:, start : start + self.inserted] = over_rows(self.inserted_mask.flatten(1), rows)
+        return columns.view(rows, *[1] * (query.dim() - 2), -1)
 
     def record(self, maps: torch.Tensor) -> None:
         """Take full maps `(batch, heads, inserted + tokens, prompts + inserted + tokens)` where they are asked for."""
@@ -96,6 +100,35 @@ class AttentionExtras:
             names = [f"prefix_{i}" for i in range(self.prefix)] + [f"prompt_{i}" for i in range(prompts)]
             names += [f"patch_{i}" for i in range(ordered.shape[-1] - len(names))]
             self.maps.append(AttentionMap(ordered, names))
+
+    def without_prompts(self, maps: torch.Tensor) -> torch.Tensor:
+        """Maps `(..., inserted + tokens, inserted + tokens)` without the rows and columns of prompt tokens."""
+        return without_columns(without_columns(maps, -1, self.prefix, self.inserted), -2, self.prefix, self.inserted)
+
+    def add_to(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]:
+        """An attention call's arguments with prompts in front of keys and values, temperature and masks included."""
+        queries, keys = query.shape[-2], key.shape[-2]
+        if self.temperature is not None:
+            query = scale_queries(query, self.temperature)
+        if mask is not None:
+            mask = widen_mask(mask, queries, keys, self)
+        if self.keys is not None and self.values is not None:
+            key = torch.cat([grouped(self.keys, key), key], dim=-2)
+            value = torch.cat([grouped(self.values, value), value], dim=-2)
+        hidden = self.hidden_columns(keys, query)
+        if hidden is None:
+            return query, key, value, mask
+        if mask is None:
+            return query, key, value, hidden.expand(*query.shape[:-1], -1)
+        if not isinstance(mask, torch.Tensor) or mask.dim() != query.dim():
+            raise ValueError(
+                "adapter_names with prompts of different lengths needs eager or sdpa attention; set it so."
+            )
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
+        return query, key, value, mask + hidden
 
 
 def without_columns(maps: torch.Tensor, dim: int, position: int, count: int) -> torch.Tensor:
@@ -142,31 +175,33 @@ def scale_queries(query: torch.Tensor, temperature: torch.Tensor) -> torch.Tenso
     return _ScaleQueries.apply(query, temperature) if torch.is_grad_enabled() else query / temperature
 
 
-def _normed(block: nn.Module, spec: AttentionSpec, prompts: torch.Tensor) -> torch.Tensor:
-    return prompts if spec.norm is None else submodule(block, spec.norm)(prompts)
+def project(block: nn.Module, spec: AttentionSpec, prompts: torch.Tensor, *names: str) -> list[torch.Tensor]:
+    """Queries, keys or values of prompts, by the block's own norm and maps.
 
+    Args:
+        block: The block.
+        spec: Its attention.
+        prompts: `(batch or 1, prompts, width)`.
+        names: What is wanted, of "query", "key" and "value".
 
-def project_key_values(
-    block: nn.Module, spec: AttentionSpec, prompts: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of prompts `(batch or 1, prompts, width)` through the block's own norm and maps.
-
-    Returns two tensors `(batch or 1, heads, prompts, head_dim)`. With a fused map it runs once.
+    Returns:
+        For each a tensor `(batch or 1, heads, prompts, head_dim)`.
     """
-    if spec.key is None or spec.value is None:
-        raise ValueError("the attention's key and value maps are not known")
-    normed = _normed(block, spec, prompts)
+    normed = prompts if spec.norm is None else submodule(block, spec.norm)(prompts)
     attention = submodule(block, spec.path)
-    keys = apply_projection(attention, spec.key, normed, spec.heads)
-    values = apply_projection(attention, spec.value, normed, spec.heads)
-    return keys, values
+    return [apply_projection(attention, getattr(spec, name), normed, spec.heads) for name in names]
 
 
-def project_queries(block: nn.Module, spec: AttentionSpec, prompts: torch.Tensor) -> torch.Tensor:
-    """Queries of prompts `(batch, prompts, width)`, as `(batch, heads, prompts, head_dim)`."""
-    if spec.query is None:
-        raise ValueError("the attention's query map is not known")
-    return apply_projection(submodule(block, spec.path), spec.query, _normed(block, spec, prompts), spec.heads)
+def grouped(prompts: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Keys or values of prompts `(batch or 1, heads, prompts, head_dim)` in the grouping and dtype of `like`.
+
+    `like` is `(rows, heads, tokens, head_dim)`, `(rows · heads, tokens, head_dim)` or
+    `(rows, heads, windows, tokens, head_dim)`.
+    """
+    if like.dim() == 3:
+        return over_rows(prompts, like.shape[0] // prompts.shape[1]).flatten(0, 1).to(like.dtype)
+    prompts = over_rows(prompts, like.shape[0]).to(like.dtype)
+    return prompts if like.dim() == 4 else prompts.unsqueeze(2).expand(-1, -1, like.shape[2], -1, -1)
 
 
 def over_rows(per_image: torch.Tensor, rows: int) -> torch.Tensor:
@@ -187,18 +222,18 @@ def insert_columns(mask: torch.Tensor, dim: int, position: int, count: int, valu
     return torch.cat([before, opened, after], dim=dim)
 
 
-def widen_mask(
-    mask: torch.Tensor, queries: int, keys: int, extras: AttentionExtras, value: float | None = None
-) -> torch.Tensor:
+def widen_mask(mask: Any, queries: int, keys: int, extras: AttentionExtras, value: float | None = None) -> Any:
     """Let all tokens see the prompts, and prompts see all tokens, in a mask that was made without them.
 
     Args:
         mask: Boolean (True is seen), additive, or a padding mask `(batch, keys)`; broadcastable to
-            `(batch, heads, queries, keys)`.
+            `(batch, heads, queries, keys)`; or a flex `BlockMask`.
         queries, keys: Lengths the attention call has before key/value prompts are put in front.
         extras: The prompts.
         value: What an additive mask gets; by default the value it holds where attention is allowed.
     """
+    if not isinstance(mask, torch.Tensor):
+        return _widen_block_mask(mask, queries, keys, extras)
     additive = extras.mask_open if value is None else value
     opened: Any = additive if mask.is_floating_point() else 1
     position, count = extras.prefix, extras.inserted
@@ -212,3 +247,22 @@ def widen_mask(
     if extras.queries is not None and mask.dim() > 2 and mask.shape[-2] == queries and queries > 1:
         mask = insert_columns(mask, -2, 0, extras.queries.shape[-2], opened)
     return mask
+
+
+def _widen_block_mask(mask: Any, queries: int, keys: int, extras: AttentionExtras) -> Any:
+    """A flex `BlockMask` with prompts in front of the keys (and among the tokens): rebuilt, it cannot be padded."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    position, count = extras.prefix, extras.inserted
+    prompts, inner = extras.prompts, mask.mask_mod
+
+    def mask_mod(batch, head, query, key):
+        token = key - prompts
+        is_prompt = (token < 0) | ((token >= position) & (token < position + count))
+        is_prompt = is_prompt | ((query >= position) & (query < position + count))
+        token = torch.where(token >= position + count, token - count, token).clamp(0, keys - count - 1)
+        query = torch.where(query >= position + count, query - count, query).clamp(0, queries - count - 1)
+        return is_prompt | inner(batch, head, query, token)
+
+    batch, heads = mask.shape[:2]
+    return create_block_mask(mask_mod, batch, heads, queries, keys + prompts, device=mask.kv_num_blocks.device)

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from vpt_peft.encoder.trace import first_tensor
 
-from .extras import AttentionExtras, PromptedBlock, over_rows, scale_queries, widen_mask, without_columns
+from .extras import AttentionExtras, PromptedBlock, grouped, scale_queries, widen_mask
 
 
 PRODUCTS = frozenset({torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.bmm, torch.Tensor.__matmul__})
@@ -62,96 +62,54 @@ class PromptInterceptor(TorchFunctionMode):
 
     def _follow(self, func, args, kwargs):
         """Carry the prompts' part along with the tensor it belongs to; biases and masks leave prompts alone."""
-        if func in ADDITIONS and isinstance(args[1], torch.Tensor) and self.extras.inserted:
-            args = (args[0], self._wide(args[1], args[0]), *args[2:])
+        other = args[1] if len(args) > 1 else None
+        if func in ADDITIONS and isinstance(other, torch.Tensor) and self.extras.inserted:
+            inserted_only = AttentionExtras(prefix=self.extras.prefix, inserted=self.extras.inserted)
+            args = (args[0], widen_mask(other, *args[0].shape[-2:], inserted_only), *args[2:])
         result = func(*args, **kwargs)
         if not isinstance(result, torch.Tensor):
             return result
-        other = args[1] if len(args) > 1 else None
-        if self.prompt_scores is not None:
-            if (
-                func in SCALINGS
-                and not (isinstance(other, torch.Tensor) and other.shape[-1:] == self.scores.shape[-1:])
-                or func in DROPOUTS
-                and self.softmaxed
-            ):
-                self.prompt_scores = func(self.prompt_scores, *args[1:], **kwargs)
+        is_bias = isinstance(other, torch.Tensor) and other.shape[-1:] == self.scores.shape[-1:]
+        followed = func in SCALINGS and not is_bias or func in DROPOUTS and self.softmaxed
+        if self.prompt_scores is not None and followed:
+            self.prompt_scores = func(self.prompt_scores, *args[1:], **kwargs)
         self.scores = result
         return result
 
-    def _wide(self, bias: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        inserted_only = AttentionExtras(prefix=self.extras.prefix, inserted=self.extras.inserted)
-        return widen_mask(bias, scores.shape[-2], scores.shape[-1], inserted_only)
-
     def _product(self, func, left: torch.Tensor, right: torch.Tensor):
+        extras = self.extras
         if self.scores is None and left.shape[-1] == right.shape[-2] and left.dim() >= 3:
-            left = self._scaled(left)
+            left = left if extras.temperature is None else scale_queries(left, extras.temperature)
             self.scores = func(left, right)
-            if self.extras.keys is not None:
-                keys = self._grouped(self.extras.keys, left).to(left.dtype)
-                self.prompt_scores = torch.matmul(left, keys.transpose(-1, -2))
+            if extras.keys is not None:
+                self.prompt_scores = torch.matmul(left, grouped(extras.keys, left).transpose(-1, -2))
             return self.scores
         result = func(left, right)
         if self.softmaxed and self.prompt_scores is not None and left.shape[-2:] == self.scores.shape[-2:]:
-            values = self._grouped(self.extras.values, right).to(right.dtype)
-            result = result + torch.matmul(self.prompt_scores.to(right.dtype).reshape(*left.shape[:-1], -1), values)
+            weights = self.prompt_scores.to(right.dtype).reshape(*left.shape[:-1], -1)
+            result = result + torch.matmul(weights, grouped(extras.values, right))  # type: ignore[arg-type]
             self.prompt_scores = None
         return result
 
     def _softmax(self, func, args, kwargs):
-        scores = args[0]
-        self.softmaxed = True
-        if self.prompt_scores is None:
-            self.scores = func(*args, **kwargs)
-            self._record(self.scores)
-            return self.scores
-        prompts = self.prompt_scores.to(scores.dtype).reshape(*scores.shape[:-1], -1)
-        if self.extras.mask is not None:
-            prompts = prompts + self._mask_like(scores)
-        weights = func(torch.cat([prompts, scores], dim=-1), *args[1:], **kwargs)
+        scores, self.softmaxed = args[0], True
+        tokens, hidden = scores.shape[-1], self.extras.hidden_columns(scores.shape[-1], scores)
+        if self.prompt_scores is not None:
+            prompts = self.prompt_scores.to(scores.dtype).reshape(*scores.shape[:-1], -1)
+            scores = torch.cat([prompts, scores], dim=-1)
+        weights = func(scores if hidden is None else scores + hidden, *args[1:], **kwargs)
         self._record(weights)
-        self.prompt_scores, self.scores = weights.split([prompts.shape[-1], scores.shape[-1]], dim=-1)
+        prompts, self.scores = weights.split([weights.shape[-1] - tokens, tokens], dim=-1)
+        self.prompt_scores = None if self.prompt_scores is None else prompts
         return self.scores
-
-    def _grouped(self, extra: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-        """Bring `(batch or 1, heads, prompts, head_dim)` to the grouping of `like`.
-
-        `like` is `(rows, heads, tokens, head_dim)`, `(rows · heads, tokens, head_dim)` or
-        `(rows, heads, windows, tokens, head_dim)`.
-        """
-        if extra is None:
-            raise ValueError("no prompts to group")
-        if like.dim() == 3:
-            return over_rows(extra, like.shape[0] // extra.shape[1]).flatten(0, 1)
-        extra = over_rows(extra, like.shape[0])
-        return extra if like.dim() == 4 else extra.unsqueeze(2).expand(-1, -1, like.shape[2], -1, -1)
-
-    def _scaled(self, query: torch.Tensor) -> torch.Tensor:
-        """Queries divided by the temperature, where there is one."""
-        return query if self.extras.temperature is None else scale_queries(query, self.extras.temperature)
 
     def _record(self, weights: torch.Tensor) -> None:
         if self.extras.maps is not None:
             heads = 1 if self.extras.keys is None else self.extras.keys.shape[1]
             self.extras.record(weights.unflatten(0, (-1, heads)) if weights.dim() == 3 else weights)
 
-    def _mask_like(self, scores: torch.Tensor) -> torch.Tensor:
-        """The mask over padding among prompts, with the rows of `scores`."""
-        mask = over_rows(self.extras.mask.flatten(1), scores.shape[0])  # type: ignore[union-attr]
-        return mask.view(mask.shape[0], *[1] * (scores.dim() - 2), -1).to(scores.dtype)
-
     def _sdpa(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
-        queries, keys, rows = query.shape[-2], key.shape[-2], query.shape[0]
-        query = self._scaled(query)
-        if attn_mask is not None:
-            attn_mask = widen_mask(attn_mask, queries, keys, self.extras)
-        if self.extras.keys is not None:
-            key = torch.cat([self._grouped(self.extras.keys, key).to(key.dtype), key], dim=-2)
-            value = torch.cat([self._grouped(self.extras.values, value).to(value.dtype), value], dim=-2)
-        hidden = self.extras.hidden_columns(keys, rows)
-        if hidden is not None and key.dim() == 4:
-            hidden = hidden.to(query.dtype)
-            attn_mask = hidden if attn_mask is None else attn_mask + hidden
+        query, key, value, attn_mask = self.extras.add_to(query, key, value, attn_mask)
         if self.extras.maps is not None:
             self._record(_attention_weights(query, key, attn_mask, is_causal, kwargs.get("scale")))
         return SDPA(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
@@ -197,20 +155,13 @@ def _leave(module: nn.Module, args: tuple, output: Any) -> Any:
     if interceptor is None:
         return None
     interceptor.__exit__(None, None, None)
-    inserted = interceptor.extras.inserted
-    if not inserted or interceptor.scores is None or not isinstance(output, tuple):
+    if not interceptor.extras.inserted or interceptor.scores is None or not isinstance(output, tuple):
         return None
-    return tuple(_without_prompts(part, interceptor) for part in output)
-
-
-def _without_prompts(part: Any, interceptor: PromptInterceptor) -> Any:
-    """Attention maps among an attention module's outputs, without the rows and columns of prompt tokens."""
-    if not isinstance(part, torch.Tensor) or part.dim() < 3 or part.shape[-2:] != interceptor.scores.shape[-2:]:
-        return part
-    extras = interceptor.extras
-    return without_columns(
-        without_columns(part, -1, extras.prefix, extras.inserted), -2, extras.prefix, extras.inserted
-    )
+    lengths = interceptor.scores.shape[-2:]
+    # Attention maps among the outputs hold prompt tokens
+    are_maps = (isinstance(part, torch.Tensor) and part.dim() > 2 and part.shape[-2:] == lengths for part in output)
+    parts = zip(output, are_maps, strict=True)
+    return tuple(interceptor.extras.without_prompts(part) if is_map else part for part, is_map in parts)
 
 
 def attach_interceptor(attention: nn.Module, layer: PromptedBlock) -> list:

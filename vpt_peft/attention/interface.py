@@ -9,15 +9,7 @@ from typing import Any
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from .extras import (
-    AttentionExtras,
-    PromptedBlock,
-    over_rows,
-    project_key_values,
-    scale_queries,
-    widen_mask,
-    without_columns,
-)
+from .extras import AttentionExtras, PromptedBlock, over_rows, project, widen_mask
 
 
 PREFIX = "vpt_"
@@ -94,21 +86,12 @@ def prompted_attention(
         )
     if extras.all_tokens is not None:
         # The module itself has seen the prefix tokens only, which ask; all tokens answer
-        key, value = project_key_values(layer.block, layer.spec.attention, extras.all_tokens)
-    queries, keys, rows = query.shape[-2], key.shape[-2], query.shape[0]
-    if extras.temperature is not None:
-        query = scale_queries(query, extras.temperature)
-    if attention_mask is not None:
-        attention_mask = _widen(attention_mask, queries, keys, rows, extras)
+        key, value = project(layer.block, layer.spec.attention, extras.all_tokens, "key", "value")
+    queries, rows = query.shape[-2], query.shape[0]
     bias = kwargs.get("position_bias")
     if bias is not None:
-        kwargs["position_bias"] = widen_mask(bias, queries, keys, extras, value=0.0)
-    if extras.keys is not None and extras.values is not None:
-        key = torch.cat([over_rows(extras.keys, rows), key], dim=2)
-        value = torch.cat([over_rows(extras.values, rows), value], dim=2)
-    padding = extras.hidden_columns(keys, rows)
-    if padding is not None:
-        attention_mask = _hide_padding(attention_mask, padding, query)
+        kwargs["position_bias"] = widen_mask(bias, queries, key.shape[-2], extras, value=0.0)
+    query, key, value, attention_mask = extras.add_to(query, key, value, attention_mask)
     if extras.queries is not None:
         query = torch.cat([over_rows(extras.queries, rows), query], dim=2)
     function = _base_function(layer, name)
@@ -119,8 +102,7 @@ def prompted_attention(
         maps = maps[:, :, -queries:] if maps is not None else None
     if maps is not None:
         extras.record(maps)
-        maps = without_columns(maps[..., extras.prompts :], -1, extras.prefix, extras.inserted)
-        maps = without_columns(maps, -2, extras.prefix, extras.inserted)
+        maps = extras.without_prompts(maps[..., extras.prompts :])
     return output, maps
 
 
@@ -132,39 +114,3 @@ def _base_function(layer: PromptedBlock, name: str) -> Callable:
 def _seen_by(name: str, module: Any) -> Any:
     """Flash and hub-kernel functions read the attention name from the module's config; they get to see the real one."""
     return module if name in ("eager", "sdpa", "flex_attention") else _Unprompted(module)
-
-
-def _widen(mask: Any, queries: int, keys: int, rows: int, extras: AttentionExtras) -> Any:
-    if isinstance(mask, torch.Tensor):
-        return widen_mask(mask, queries, keys, extras)
-    return _widen_block_mask(mask, queries, keys, extras)
-
-
-def _widen_block_mask(mask: Any, queries: int, keys: int, extras: AttentionExtras) -> Any:
-    """A flex `BlockMask` with prompts in front of the keys (and among the tokens): rebuilt, it cannot be padded."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    position, count = extras.prefix, extras.inserted
-    prompts, inner = extras.prompts, mask.mask_mod
-
-    def mask_mod(batch, head, query, key):
-        token = key - prompts
-        is_prompt = (token < 0) | ((token >= position) & (token < position + count))
-        is_prompt = is_prompt | ((query >= position) & (query < position + count))
-        token = torch.where(token >= position + count, token - count, token).clamp(0, keys - count - 1)
-        query = torch.where(query >= position + count, query - count, query).clamp(0, queries - count - 1)
-        return is_prompt | inner(batch, head, query, token)
-
-    batch, heads = mask.shape[:2]
-    return create_block_mask(mask_mod, batch, heads, queries, keys + prompts, device=mask.kv_num_blocks.device)
-
-
-def _hide_padding(mask: Any, hidden: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """Add a mask over padding among prompts `(rows, 1, 1, keys)` to whatever mask there is."""
-    if mask is None:
-        return hidden.to(query.dtype).expand(-1, -1, query.shape[-2], -1)
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
-        raise ValueError("adapter_names with prompts of different lengths needs eager or sdpa attention; set it so.")
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
-    return mask + hidden.to(query.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from vpt_peft.attention import AttentionExtras, PromptedConfig, attach_interceptor, project_key_values, project_queries
+from vpt_peft.attention import AttentionExtras, PromptedConfig, attach_interceptor, project
 from vpt_peft.encoder import BlockSpec, submodule
 
 from . import tokens, windows
@@ -21,7 +22,7 @@ from .mixed import additive, for_images_of, per_image, spread_heads
 from .modes import HOOKS_ARE_CHECKPOINTED
 
 
-Pair = tuple[torch.Tensor, torch.Tensor]
+Pair = Sequence[torch.Tensor]
 
 
 class PromptTunerLayer(BaseTunerLayer):
@@ -124,20 +125,17 @@ class VPTLayer(nn.Module, PromptTunerLayer):
             attention.config = attention.config.wrapped
         attention.__dict__.pop("_prompted_block", None)
 
-    def block_pass(self) -> BlockPass:
-        """What travels through this block now; a block that runs by itself gets the active adapters."""
-        running = current_pass(self.owner) or self.owner.begin_pass()
-        return running.block_pass(self.index)
+    def _running(self) -> ForwardPass:
+        """The forward pass that runs; a block that runs by itself gets the active adapters."""
+        return current_pass(self.owner) or self.owner.begin_pass()
 
     def enter(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Bring prompts into the block's input; `None` where it stays as it is."""
-        running = current_pass(self.owner)
-        if running is None:
-            running = self.owner.begin_pass()
+        running = self._running()
+        if running is not current_pass(self.owner):
             running.is_of_block = True
             begin_pass(running)
-        here = running.block_pass(self.index)
-        argument = self.spec.argument
+        here, mixed, argument = running.block_pass(self.index), running.mixed, self.spec.argument
         hidden = original = kwargs[argument] if argument else args[0]
         here.batch = 1 if self.owner.spec.packed else hidden.shape[0]
         if running.checkpointing:
@@ -145,30 +143,29 @@ class VPTLayer(nn.Module, PromptTunerLayer):
         if self.index == 0:
             hidden = self.project_patches(running, hidden)
         position = self.owner.spec.num_prefix_tokens
-        among: list[torch.Tensor] = []
+        among: dict[str, torch.Tensor] = {}
         for adapter, layout in here.prompts:
             if layout.mode == "kv":
                 continue
             prompts = self.prompts_of(here, adapter, layout).to(hidden.device, hidden.dtype)
             if layout.mode == "add":
-                hidden = for_images_of(here.mixed, adapter.name, hidden, hidden + prompts)
+                hidden = for_images_of(mixed, adapter.name, hidden, hidden + prompts)
                 continue
-            images = here.batch if here.mixed is None else len(here.mixed.rows(adapter.name, hidden.device))
+            images = here.batch if mixed is None else len(mixed.rows(adapter.name, hidden.device))
             here.states[adapter.name] = prompts.expand(images, -1, -1)
             if layout.mode == "token":
-                among.append(here.states[adapter.name])
-        if among and here.mixed is not None:
-            own = {a.name: here.states[a.name] for a, layout in here.prompts if layout.mode == "token"}
-            spread, here.padding = here.mixed.spread(own)
-            among = [spread]
+                among[adapter.name] = here.states[adapter.name]
         if among:
-            hidden = tokens.insert_tokens(hidden, among, position)
+            parts = list(among.values())
+            if mixed is not None:
+                spread, here.padding = mixed.spread(among)
+                parts = [spread]
+            hidden = tokens.insert_tokens(hidden, parts, position)
             if self.index == 0:
                 tokens.keep_initial_hidden_state(original)
-            here.inserted = sum(prompts.shape[1] for prompts in among)
+            here.inserted = sum(prompts.shape[1] for prompts in parts)
             count = hidden.shape[1] - here.inserted
-            kwargs = tokens.widen_positions(kwargs, count, position, here.inserted)
-            args = (args[0], *tokens.widen_positions(args[1:], count, position, here.inserted)) if args else args
+            args, kwargs = (tokens.widen_positions(each, count, position, here.inserted) for each in (args, kwargs))
         elif self.skips_unread(running, here, args[0 if argument else 1 :], kwargs):
             here.all_tokens = hidden
             hidden = hidden[:, :position]
@@ -261,17 +258,13 @@ class VPTLayer(nn.Module, PromptTunerLayer):
         Args:
             like: Prompts come on the device and in the dtype of this tensor.
         """
-        here = self.block_pass()
-        maps = recorded_maps()
+        running, maps = self._running(), recorded_maps()
+        here, spec = running.block_pass(self.index), self.spec.attention
         if not here.prompts and here.all_tokens is None and maps is None:
             return None
-        extras = AttentionExtras(mask_open=self.spec.attention.mask_open, maps=maps)
-        extras.prefix, extras.inserted, extras.all_tokens = (
-            self.owner.spec.num_prefix_tokens,
-            here.inserted,
-            here.all_tokens,
-        )
-        made: list[Pair] = []
+        extras = AttentionExtras(mask_open=spec.mask_open, maps=maps, inserted=here.inserted)
+        extras.prefix, extras.all_tokens = self.owner.spec.num_prefix_tokens, here.all_tokens
+        pairs: dict[str, Pair] = {}
         beside: list[torch.Tensor] = []
         for adapter, layout in here.prompts:
             temperature = adapter.temperature(self.index)
@@ -280,21 +273,30 @@ class VPTLayer(nn.Module, PromptTunerLayer):
                 extras.temperature = temperature if extras.temperature is None else extras.temperature * temperature
             if layout.mode == "window":
                 beside.append(here.states[adapter.name])
-                made.append(self._project(beside[-1], like))
-            elif layout.mode == "kv" and here.mixed is None:
-                made.append(self.key_values(here, adapter, layout, like))
-        if here.mixed is not None:
-            self._add_mixed(extras, here, like)
-        elif len(made) == 1:
-            extras.keys, extras.values = made[0]
-        elif made:
-            extras.keys, extras.values = (tokens.join([pair[part] for pair in made]) for part in (0, 1))
+                pairs[adapter.name] = self._project(beside[-1], like)
+            elif layout.mode == "kv":
+                running.projecting = adapter
+                pairs[adapter.name] = self.key_values(here, adapter, layout, like)
+                running.projecting = None
         if beside:
-            extras.queries = project_queries(self.block, self.spec.attention, tokens.join(beside, dim=1))
+            if here.mixed is not None:
+                raise ValueError(
+                    "adapter_names: prompts that run beside windows cannot share a batch; run them apart."
+                )
+            extras.queries = project(self.block, spec, tokens.join(beside, dim=1), "query")[0]
+        if here.padding is not None:
+            extras.inserted_mask = additive(here.padding, like.dtype)
+        if pairs and here.mixed is None:
+            extras.keys, extras.values = (tokens.join(parts) for parts in zip(*pairs.values(), strict=True))
+        elif pairs and here.mixed is not None:
+            extras.keys, padding = spread_heads(here.mixed, {name: pair[0] for name, pair in pairs.items()})
+            extras.values, _ = spread_heads(here.mixed, {name: pair[1] for name, pair in pairs.items()})
+            extras.mask = None if padding is None else additive(padding, like.dtype)
         return extras
 
     def _project(self, prompts: torch.Tensor, like: torch.Tensor) -> Pair:
-        return project_key_values(self.block, self.spec.attention, prompts.to(like.device, like.dtype))
+        prompts = prompts.to(like.device, like.dtype)
+        return project(self.block, self.spec.attention, prompts, "key", "value")
 
     def key_values(self, here: BlockPass, adapter: Adapter, layout: BlockLayout, like: torch.Tensor) -> Pair:
         """Keys and values of one adapter's prompts, `(batch or 1, heads, prompts, head_dim)`; constants once merged."""
@@ -305,7 +307,7 @@ class VPTLayer(nn.Module, PromptTunerLayer):
 
     def is_merged(self, adapter: Adapter) -> bool:
         """Whether merged keys and values are those of the adapter's present values, which do not train in this pass."""
-        if adapter.name not in self.merged_adapters or adapter.name not in self.merged_keys:
+        if adapter.name not in self._merged_from:
             return False
         made_of, sources = self._merged_from[adapter.name], adapter.sources()
         if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
@@ -318,30 +320,9 @@ class VPTLayer(nn.Module, PromptTunerLayer):
             for (old, version), source in zip(made_of, sources, strict=True)
         )
 
-    def _add_mixed(self, extras: AttentionExtras, here: BlockPass, like: torch.Tensor) -> None:
-        """Prompts of a mixed batch: keys and values padded to the longest adapter, the padding masked."""
-        if here.mixed is None:
-            return
-        if any(layout.mode == "window" for _, layout in here.prompts):
-            raise ValueError("adapter_names: prompts that run beside windows cannot share a batch; run them apart.")
-        if here.padding is not None:
-            extras.inserted_mask = additive(here.padding, like.dtype)
-        running, made = current_pass(self.owner), {}
-        for adapter, layout in here.prompts:
-            if layout.mode == "kv":
-                if running is not None:
-                    running.projecting = adapter
-                made[adapter.name] = self.key_values(here, adapter, layout, like)
-        if running is not None:
-            running.projecting = None
-        if made:
-            extras.keys, padding = spread_heads(here.mixed, {name: pair[0] for name, pair in made.items()})
-            extras.values, _ = spread_heads(here.mixed, {name: pair[1] for name, pair in made.items()})
-            extras.mask = None if padding is None else additive(padding, like.dtype)
-
     def receive_outputs(self, outputs: torch.Tensor) -> None:
         """Attention outputs of prompts beside windows, `(batch · windows, prompts, heads, head_dim)`."""
-        here = self.block_pass()
+        here = self._running().block_pass(self.index)
         here.window_outputs = windows.mean_over_windows(outputs, here.batch)
 
     def merge_prompts(self, adapter: Adapter) -> None:
