@@ -32,27 +32,27 @@ def check_key_values(encoder: nn.Module, spec: EncoderSpec) -> EncoderSpec:
     say); where they were recognised by lengths alone, it means that the maps are not what they seem. Tokens that make
     the block fail are ruled out.
     """
-    blocks, verdicts = [], {}
+    blocks: list[BlockSpec] = []
+    verdicts: dict[tuple, str] = {}
     for index, block in enumerate(spec.blocks):
-        module = submodule(encoder, block.path)
-        kind = (type(module), block.takes_tokens, block.attention.path, block.attention.key)
-        if kind not in verdicts and block.takes_tokens and block.attention.key is not None:
-            verdicts[kind] = _compare(encoder, spec, index)
-        blocks.append(_apply(block, verdicts.get(kind, "")))
+        key, difference = block.attention.key, ""
+        if block.takes_tokens and key is not None:
+            kind = (type(submodule(encoder, block.path)), block.attention.path, key)
+            if kind not in verdicts:
+                verdicts[kind] = _compare(encoder, spec, index)
+            difference = verdicts[kind]
+        if difference and key is not None and (key.exact or not difference.startswith(DIFFERENCE)):
+            reason = f"prompt tokens disturb the others ({difference})"
+            block = replace(block, takes_tokens=False, no_tokens_reason=reason)
+        elif difference:
+            warnings.warn(
+                f"prompts as keys and values differ from prompts as tokens in {block.path} ({difference}); tokens are "
+                "used, which cost more.",
+                stacklevel=2,
+            )
+            block = replace(block, attention=replace(block.attention, key=None, value=None))
+        blocks.append(block)
     return replace(spec, blocks=tuple(blocks))
-
-
-def _apply(block: BlockSpec, difference: str) -> BlockSpec:
-    if not difference or block.attention.key is None:
-        return block
-    if block.attention.key.exact or not difference.startswith(DIFFERENCE):
-        return replace(block, takes_tokens=False, no_tokens_reason=f"prompt tokens disturb the others ({difference})")
-    warnings.warn(
-        f"prompts as keys and values differ from prompts as tokens in {block.path} ({difference}); tokens are used, "
-        "which cost more.",
-        stacklevel=2,
-    )
-    return replace(block, attention=replace(block.attention, key=None, value=None))
 
 
 def _compare(encoder: nn.Module, spec: EncoderSpec, index: int) -> str:
@@ -69,13 +69,18 @@ def _compare(encoder: nn.Module, spec: EncoderSpec, index: int) -> str:
         return ""
     parameters = VPTParameters(spec, encoder, encoder)
     parameters.attach()
+    outputs: list[Any] = []
+    choice: dict[str, Any] = {"num_virtual_tokens": 3, "layers_to_transform": [index], "propagate": False}
     try:
-        outputs = [_run(parameters, block, mode, index, arguments) for mode in ("kv", "token")]
+        for mode in ("kv", "token"):
+            with in_eval(encoder), torch.no_grad():
+                _activate(parameters, mode, VPTConfig(**choice, implementation=mode))  # type: ignore[arg-type]
+                outputs.append(first_tensor(block(*arguments[0], **arguments[1])))
+        difference = _difference(*outputs)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     finally:
         parameters.detach()
-    difference = _difference(*outputs)
     return "" if difference < _tolerance(outputs[0]) else f"{DIFFERENCE} {difference:.1e}"
 
 
@@ -92,31 +97,15 @@ def _activate(parameters: VPTParameters, name: str, config: VPTConfig) -> None:
     """Give the parameters one adapter with random prompts, the same ones each time."""
     with random_state_kept(parameters.encoder, seed=0):
         parameters.update_layer(name, config)
-        _give_values(parameters, name)
+        prompts: Any = parameters.adapter(name).parts["prompts"]
+        device, dtype = parameters.device_and_dtype()
+        for key in prompts:
+            # The caller may make all parameters on the meta device, and redirect setattr to do so
+            if prompts[key].is_meta:
+                drawn = torch.randn(prompts[key].shape, dtype=dtype, device=device)
+                prompts._parameters[key] = nn.Parameter(drawn)
     for layer in (parameters, *parameters.layers):
         layer.set_adapter([name])
-
-
-def _give_values(parameters: VPTParameters, name: str) -> None:
-    """Draw the probe's prompts where the caller makes all parameters on the meta device."""
-    prompts: Any = parameters.adapter(name).parts["prompts"]
-    for key in prompts:
-        if prompts[key].is_meta:
-            device, dtype = parameters.device_and_dtype()
-            # Not by setattr, which is what the caller has redirected.
-            prompts._parameters[key] = nn.Parameter(torch.randn(prompts[key].shape, dtype=dtype, device=device))
-
-
-def _run(
-    parameters: VPTParameters, block: nn.Module, mode: Any, index: int, arguments: tuple[tuple, dict[str, Any]]
-) -> torch.Tensor:
-    config = VPTConfig(num_virtual_tokens=3, layers_to_transform=[index], propagate=False, implementation=mode)
-    with in_eval(parameters.encoder), torch.no_grad():
-        _activate(parameters, mode, config)
-        output = first_tensor(block(*arguments[0], **arguments[1]))
-    if output is None:
-        raise ValueError("the block returns no tensor")
-    return output
 
 
 def check_skip_unread(

@@ -17,7 +17,6 @@ from vpt_peft.active import mixed_batch
 from vpt_peft.encoder import EncoderSpec, find_encoder, read_blocks, submodule
 from vpt_peft.heads import (
     Labels,
-    LabelSwitch,
     build_heads,
     check_heads,
     check_task_type,
@@ -90,62 +89,54 @@ class VPTModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> VPTConfig:
         """Look at the model, check the configuration against it and find the head; nothing is changed yet."""
         parameters = find_parameters(self.model)
-        if parameters is not None:
-            spec, path = parameters.spec, self._path_of(parameters.encoder)
-            if peft_config.backbone is not None and peft_config.backbone != path:
-                raise ValueError(
-                    f"backbone={peft_config.backbone!r}: this model's prompts are on the encoder {path!r} already; attach "
-                    "to one encoder per model."
-                )
-        else:
-            spec = find_encoder(self.model, peft_config.backbone)
-            path = spec.path
-            self.check_config(peft_config, spec)
-            if peft_config.self_check:
-                spec = check_key_values(submodule(self.model, path), spec)
-            self._found = spec
-        self.check_config(peft_config, spec)
-        encoder = submodule(self.model, path)
-        if peft_config.skip_unread:
-            check_skip_unread(
-                self._root(), encoder, spec, [] if parameters is None else list(parameters.configs.values())
-            )
-        check_quantized(encoder, spec, peft_config, path)
         if parameters is None:
-            self._read = read_blocks(self._root(), encoder, spec)
-        layout = make_layout(peft_config, spec, self._read if parameters is None else parameters.read)
+            parameters = self._read_model(peft_config)
+        spec, encoder = parameters.spec, parameters.encoder
+        path = next(path for path, module in self.model.named_modules() if module is encoder)
+        if peft_config.backbone not in (None, path):
+            raise ValueError(
+                f"backbone={peft_config.backbone!r}: this model's prompts are on the encoder {path!r} already; attach "
+                "to one encoder per model."
+            )
+        self.check_config(peft_config, spec)
+        if peft_config.skip_unread:
+            check_skip_unread(parameters.root, encoder, spec, list(parameters.configs.values()))
+        check_quantized(encoder, spec, peft_config, path)
+        layout = make_layout(peft_config, spec, parameters.read)
         # The blocks that have a part in the adapter; the first stands for prompts that are pixels.
         chosen = [index for index, block in enumerate(layout) if block is not None] or [0]
         self._targets = {".".join(filter(None, (path, spec.blocks[index].path))) for index in chosen}
-        self._prepare_heads(peft_config, find_task_head(self.model, path, spec), parameters)
+        # Which modules train beside the prompts, and heads of another number of labels
+        head = find_task_head(self.model, path, spec)
+        paths = modules_to_wrap(self.model, peft_config.given("modules_to_save"), head, peft_config.task_type)
+        check_task_type(self.model, paths, peft_config.task_type)
+        check_heads(self.model, paths)
+        labels, base = peft_config.given("id2label"), parameters.labels.of(None)
+        count = None if base is None else base.num_labels
+        built = {} if labels is None else build_heads(self.model, paths, len(labels), count)
+        self._prepared = parameters, paths, built
+        # PEFT would look for them by the ends of their paths
+        peft_config.modules_to_save = None
         return peft_config
 
-    def _prepare_heads(self, config: VPTConfig, head: list[str], parameters: VPTParameters | None) -> None:
-        """Find out which modules train beside the prompts, and make heads of another number of labels."""
-        paths = modules_to_wrap(self.model, config.given("modules_to_save"), head, config.task_type)
-        check_task_type(self.model, paths, config.task_type)
-        check_heads(self.model, paths)
-        labels, built = config.given("id2label"), {}
-        if labels is not None:
-            base = LabelSwitch(self._root()).base if parameters is None else parameters.labels.of(None)
-            built = build_heads(self.model, paths, len(labels), None if base is None else base.num_labels)
-        self._heads = paths, built
-        # PEFT would look for them by the ends of their paths
-        config.modules_to_save = None
+    def _read_model(self, config: Any) -> VPTParameters:
+        """Parameters for the encoder of a model that has no prompts; they are not attached yet."""
+        root: Any = self.model
+        # Another method's `PeftModel` may be around it
+        while isinstance(root, PeftModel):
+            root = root.get_base_model()
+        spec = find_encoder(self.model, config.backbone)
+        encoder = submodule(self.model, spec.path)
+        self.check_config(config, spec)
+        if config.self_check:
+            spec = check_key_values(encoder, spec)
+        return VPTParameters(spec, encoder, root, read_blocks(root, encoder, spec))
 
     def _wrap_heads(self, adapter_name: str, config: VPTConfig) -> None:
-        paths, built = self._heads
-        parameters = find_parameters(self.model)
-        if parameters is None:
-            return
+        parameters, paths, built = self._prepared
         is_active, labels = adapter_name in self.active_adapters, parameters.labels
         wrappers = wrap_heads(
-            self.model,
-            paths,
-            adapter_name,
-            active=is_active,
-            inference_mode=config.inference_mode,
-            labels=labels,
+            self.model, paths, adapter_name, active=is_active, inference_mode=config.inference_mode, labels=labels
         )
         parameters.wrappers = parameters.find_wrappers()
         for path, wrapper in zip(paths, wrappers, strict=True):
@@ -155,16 +146,6 @@ class VPTModel(BaseTuner):
         labels.add(adapter_name, None if given is None else Labels.from_names(given))
         if is_active:
             labels.use(adapter_name)
-
-    def _root(self) -> nn.Module:
-        """The model itself, where another method's `PeftModel` is around it."""
-        root: Any = self.model
-        while isinstance(root, PeftModel):
-            root = root.get_base_model()
-        return root
-
-    def _path_of(self, encoder: nn.Module) -> str:
-        return next(path for path, module in self.model.named_modules() if module is encoder)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
         return key in self._targets
@@ -228,9 +209,8 @@ class VPTModel(BaseTuner):
                 model._hf_peft_config_loaded = False  # type: ignore[assignment]
             raise
         config.modules_to_save = names
-        parameters = find_parameters(self.model)
-        if parameters is not None:
-            parameters.note_found(adapter_name)
+        self._prepared[0].note_found(adapter_name)
+        del self._prepared
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         # PEFT would free the backbone's own biases for `bias`, which here are offsets of the adapter
@@ -250,13 +230,12 @@ class VPTModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        parameters = find_parameters(self.model)
-        if parameters is None:
-            parameters = VPTParameters(self._found, submodule(self.model, self._found.path), self._root(), self._read)
+        parameters, paths, _ = self._prepared
+        if find_parameters(self.model) is None:
             parameters.attach()
         # PEFT asks once for each block
         if adapter_name not in parameters.configs:
-            parameters.update_layer(adapter_name, peft_config, self.adapter_cls, self._heads[0])
+            parameters.update_layer(adapter_name, peft_config, self.adapter_cls, paths)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

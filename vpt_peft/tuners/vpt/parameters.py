@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from inspect import signature
 from typing import Any
 
@@ -113,12 +113,6 @@ class VPTParameters(nn.Module, PromptTunerLayer):
         biases.detach_offsets(self)
         release_checkpointed(self.checkpointed)
 
-    def _container(self, name: str) -> Any:
-        if name not in self.adapter_layer_names:
-            self.add_module(name, nn.ModuleDict())
-            self.adapter_layer_names += (name,)
-        return getattr(self, name)
-
     def head_modules(self) -> list[nn.Module]:
         """The heads of all adapters and what is in them."""
         paths = dict.fromkeys(path for heads in self.heads.values() for path in heads)
@@ -149,7 +143,11 @@ class VPTParameters(nn.Module, PromptTunerLayer):
         parts = cls.make_parts(self, config, layout, {"device": device, "dtype": dtype})
         with _changes:
             for part, module in parts.items():
-                self._container(cls.prefix + part)[name] = module
+                container = cls.prefix + part
+                if container not in self.adapter_layer_names:
+                    self.add_module(container, nn.ModuleDict())
+                    self.adapter_layer_names += (container,)
+                getattr(self, container)[name] = module
             self.configs[name], self.layouts[name], self.classes[name] = config, layout, cls
             for layer, block in zip(self.layers, layout, strict=True):
                 layer.add(name, block, config)
@@ -246,22 +244,16 @@ class VPTParameters(nn.Module, PromptTunerLayer):
 
     def begin_call(self, names: Iterable[str] | None = None, per_image: tuple[str, ...] | None = None) -> None:
         """A call of the model begins in this thread; it keeps these adapters, by default the active ones, as they are."""
-        if torch.compiler.is_compiling():
-            self._begin_call(names, per_image)
-        else:
-            with _changes:
-                self._begin_call(names, per_image)
-
-    def _begin_call(self, names: Iterable[str] | None, per_image: tuple[str, ...] | None) -> None:
-        names = self.active_names() if names is None else names
-        adapters = {name: self.adapter(name) for name in names if name in self.configs}
+        is_compiling = torch.compiler.is_compiling()
+        with nullcontext() if is_compiling else _changes:
+            names = self.active_names() if names is None else names
+            adapters = {name: self.adapter(name) for name in names if name in self.configs}
+            heads: dict[tuple[int, str], nn.Module] = {}
+            for wrapper in () if is_compiling else self.wrappers:
+                copies = wrapper.modules_to_save
+                heads |= {(id(wrapper), name): copies[name] for name in adapters if name in copies}
         before = current_call()
         before = before if before is not None and before.owner is not self else None
-        heads: dict[tuple[int, str], nn.Module] = {}
-        for wrapper in () if torch.compiler.is_compiling() else self.wrappers:
-            for name in adapters:
-                if name in wrapper.modules_to_save:
-                    heads[id(wrapper), name] = wrapper.modules_to_save[name]
         enter_call(Call(tuple(adapters), per_image, self, adapters, heads, before))
 
     def begin_pass(self, checkpointing: bool = False, reentrant: bool = False) -> ForwardPass:
@@ -290,15 +282,10 @@ class VPTParameters(nn.Module, PromptTunerLayer):
 
     def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Where the encoder's first floating-point parameter lives; quantised weights are integers and are passed over."""
-        for parameter in self._own_parameters():
-            if parameter.is_floating_point():
+        for path, parameter in self.encoder.named_parameters():
+            if parameter.is_floating_point() and "prompt_tuner" not in path:
                 return parameter.device, parameter.dtype
         return torch.device("cpu"), torch.float32
-
-    def _own_parameters(self) -> Iterable[torch.Tensor]:
-        for path, parameter in self.encoder.named_parameters():
-            if "prompt_tuner" not in path:
-                yield parameter
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # Loaded values keep their dtype: through that of a half-precision encoder they would lose digits.
