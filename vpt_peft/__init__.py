@@ -8,6 +8,7 @@ from .attention_maps import attention_maps
 from .encoder import EncoderError
 from .initialization import initialize_prompts
 from .peft_model import extend_peft_model
+from .reallocation import reallocate_prompts
 from .tuners import GatedVPTConfig, GatedVPTModel, VPTConfig, VPTModel
 from .version import __version__
 
@@ -26,6 +27,7 @@ __all__ = [
     "__version__",
     "attention_maps",
     "initialize_prompts",
+    "reallocate_prompts",
     "training_recipe",
 ]
 

@@ -29,7 +29,9 @@ def check_fields(config: Any) -> None:
         elif hint is float:
             check_float(name, value, **bounds)
         elif bounds and int in options:
-            check_int(name, value, **bounds)
+            is_list = isinstance(value, list) and any(get_origin(option) is list for option in options)
+            for number in value if is_list else [value]:
+                check_int(name, number, **bounds)
 
 
 def refuse(*cases: tuple[Any, str], error: type[Exception] = ValueError) -> None:

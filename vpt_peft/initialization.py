@@ -1,7 +1,8 @@
 """Data-driven starts: prompts taken from what frozen blocks see of the training images.
 
 Real tokens per block (Wang et al., "Revisiting the Power of Prompt for Visual Tuning", ICML 2024, arXiv 2402.02382) and
-class-token features (Jia et al., ECCV 2022, appendix).
+class-token features (Jia et al., ECCV 2022, appendix), and VIPAMIN, which matches drawn prompts with tokens and adds
+directions that the attention does not have (NeurIPS 2025, arXiv 2510.16446).
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .attention import project
 from .encoder import submodule
 from .encoder.inputs import IMAGE_INPUTS
+from .encoder.projections import apply_projection
 from .encoder.trace import in_eval
-from .tuners.vpt.layout import own_blocks
+from .tuners.vpt.adapter import PromptAdapter
+from .tuners.vpt.layout import own_blocks, prompt_counts
 from .tuners.vpt.parameters import VPTParameters, find_parameters
 
 
-METHODS = ("tokens", "class_token_final", "class_token_layerwise", "mean_pool", "kmeans")
+METHODS = ("tokens", "class_token_final", "class_token_layerwise", "mean_pool", "kmeans", "vipamin")
 # k-means looks at a uniform sample of this many tokens per prompt.
 KMEANS_TOKENS_PER_PROMPT = 64
 
@@ -59,6 +63,8 @@ def initialize_prompts(
     method: str = "tokens",
     adapter_name: str = "default",
     seed: int = 0,
+    neighbors: int = 8,
+    orthogonal: float = 0.3,
 ) -> None:
     """Start the prompts of an adapter from training images, by forward passes of the frozen encoder.
 
@@ -68,9 +74,13 @@ def initialize_prompts(
             element is the images, or image tensors. Every batch is used once; memory does not grow with their number.
         method: "tokens": for each block, a uniform sample of the patch tokens it receives; "class_token_final": class
             tokens of the last block's output; "class_token_layerwise": class tokens each block receives; "mean_pool":
-            means over each image's patch tokens; "kmeans": k-means centres of the patch tokens (needs scikit-learn).
+            means over each image's patch tokens; "kmeans": k-means centres of the patch tokens (needs scikit-learn);
+            "vipamin": the prompts of the first prompted block, as they are drawn, go to tokens whose keys are like
+            theirs and to directions that the block's attention does not give; about 256 images are enough.
         adapter_name: The adapter.
         seed: Of the sampling. The same data in the same order gives the same prompts.
+        neighbors: For "vipamin", of how many tokens a prompt becomes the mean (the paper tries 2, 8, 32 and 128).
+        orthogonal: For "vipamin", the share λ in [0, 1] of the part orthogonal to the attention's outputs.
 
     Raises:
         ValueError: The method is unknown, there is no such adapter, its prompts are not tokens of the blocks' width, the
@@ -90,19 +100,83 @@ def initialize_prompts(
         )
     if method.startswith("class_token") and not parameters.spec.special:
         raise ValueError(f"method={method!r}: this encoder has no class token; use 'tokens', 'mean_pool' or 'kmeans'.")
-    keys = [str(index) for index in own_blocks(parameters.layouts[adapter_name])]
-    if method == "class_token_final" and len({parameters.spec.blocks[int(key)].width for key in keys}) > 1:
+    adapter = parameters.adapter(adapter_name)
+    own, counts = own_blocks(parameters.layouts[adapter_name]), prompt_counts(config, parameters.spec)
+    if method == "class_token_final" and len({parameters.spec.blocks[index].width for index in own}) > 1:
         raise ValueError("method='class_token_final': the blocks' widths differ; use 'tokens'.")
-    count = config.num_virtual_tokens
-    size = count * KMEANS_TOKENS_PER_PROMPT if method == "kmeans" else count
-    reservoirs = {key: Reservoir(size, seed + int(key)) for key in keys}
+    if method == "vipamin":
+        adapter.set_prompts(str(own[0]), _vipamin(parameters, adapter, own[0], dataloader, neighbors, orthogonal))
+        return
+    factor = KMEANS_TOKENS_PER_PROMPT if method == "kmeans" else 1
+    reservoirs = {index: Reservoir(counts[index] * factor, seed + index) for index in own}
     _fill(parameters, reservoirs, dataloader, method)
-    starts = {key: _choose(reservoir, count, method, seed) for key, reservoir in reservoirs.items()}
-    prompts: Any = parameters.adapter(adapter_name).parts["prompts"]
-    for key, rows in starts.items():
-        weight = prompts[key]
-        with torch.no_grad():
-            weight.copy_(rows.to(weight.device, weight.dtype))
+    starts = {index: _choose(reservoir, counts[index], method, seed) for index, reservoir in reservoirs.items()}
+    for index, rows in starts.items():
+        adapter.set_prompts(str(index), rows)
+
+
+def _vipamin(
+    parameters: VPTParameters,
+    adapter: PromptAdapter,
+    index: int,
+    dataloader: Iterable[Any],
+    neighbors: int,
+    orthogonal: float,
+) -> torch.Tensor:
+    """(1 - λ) p_avg + λ p_orth for the prompts p of one block, `(prompts, width)`.
+
+    p_avg is the mean of the patch tokens, averaged over images, whose keys are nearest to the key of p by cosine; keys
+    are averaged over images and heads. With an orthonormal basis Q of the rows of the attention's mean output,
+    p_orth = ((I - Q Qᵀ)(W_V p + b_V) - b_V) W_V⁺.
+    """
+    spec = parameters.spec.blocks[index]
+    attention, special = spec.attention, set(parameters.spec.special)
+    if neighbors < 1 or not 0.0 <= orthogonal <= 1.0:
+        raise ValueError(f"neighbors={neighbors} must be at least 1, orthogonal={orthogonal} a share from 0 to 1.")
+    if not spec.takes_tokens or attention.key is None or attention.value is None or attention.out is None:
+        raise ValueError("method='vipamin' needs one sequence of tokens and attention that is known; use 'tokens'.")
+    block = submodule(parameters.encoder, spec.path)
+    module = submodule(block, attention.path)
+    sums: dict[str, torch.Tensor] = {}
+    seen = 0
+
+    def add(name: str, rows: torch.Tensor) -> None:
+        sums[name] = sums.get(name, 0.0) + rows.double().sum(0)
+
+    def see_tokens(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        nonlocal seen
+        hidden = kwargs[spec.argument] if spec.argument else args[0]
+        hidden = hidden[:, [position for position in range(hidden.shape[1]) if position not in special]]
+        seen += len(hidden)
+        add("tokens", hidden)
+        add("keys", project(block, attention, hidden, "key")[0].mean(1))
+
+    def see_attention(module: nn.Module, args: tuple) -> None:
+        add("outputs", args[0])
+
+    handles = [
+        block.register_forward_pre_hook(see_tokens, with_kwargs=True),
+        submodule(module, attention.out).register_forward_pre_hook(see_attention),
+    ]
+    _run_frozen(parameters, dataloader, handles)
+    if not seen or neighbors > len(sums["tokens"]):
+        count = len(sums["tokens"]) if seen else 0
+        raise ValueError(f"neighbors={neighbors} is more than the {count} patch tokens of an image.")
+    tokens, keys, outputs = (sums[name] / seen for name in ("tokens", "keys", "outputs"))
+    with torch.no_grad():
+        prompts = adapter.own_prompts(str(index)).to(*parameters.device_and_dtype())
+        unit = torch.eye(prompts.shape[1], device=prompts.device, dtype=prompts.dtype)
+        values = apply_projection(module, attention.value, torch.cat([unit[:1] * 0.0, unit, prompts]), attention.heads)
+        values = values.transpose(0, 1).flatten(1).double()
+        bias, weight = values[0], values[1 : len(unit) + 1] - values[0]
+        own_keys = project(block, attention, prompts[None], "key")[0][0].mean(0).double()
+        like = nn.functional.cosine_similarity(own_keys[:, None], keys[None], dim=-1)
+        average = tokens[like.topk(neighbors).indices].mean(1)
+        _, scale, basis = torch.linalg.svd(outputs, full_matrices=False)
+        basis = basis[scale > scale[0] * max(outputs.shape) * torch.finfo(prompts.dtype).eps]
+        rest = values[len(unit) + 1 :]
+        rest = rest - rest @ basis.T @ basis - bias
+        return (1.0 - orthogonal) * average + orthogonal * rest @ torch.linalg.pinv(weight)
 
 
 def _choose(reservoir: Reservoir, count: int, method: str, seed: int) -> torch.Tensor:
@@ -146,7 +220,7 @@ def _without_adapters(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = state
 
 
-def _fill(parameters: VPTParameters, reservoirs: dict[str, Reservoir], dataloader: Iterable[Any], method: str) -> None:
+def _fill(parameters: VPTParameters, reservoirs: dict[int, Reservoir], dataloader: Iterable[Any], method: str) -> None:
     encoder, handles = parameters.encoder, []
 
     def watch_input(reservoir: Reservoir, argument: str | None) -> Callable:
@@ -163,10 +237,16 @@ def _fill(parameters: VPTParameters, reservoirs: dict[str, Reservoir], dataloade
     if method == "class_token_final":
         handles.append(submodule(encoder, parameters.spec.blocks[-1].path).register_forward_hook(watch_output))
     else:
-        for key, reservoir in reservoirs.items():
-            block = parameters.spec.blocks[int(key)]
+        for index, reservoir in reservoirs.items():
+            block = parameters.spec.blocks[index]
             hook = watch_input(reservoir, block.argument)
             handles.append(submodule(encoder, block.path).register_forward_pre_hook(hook, with_kwargs=True))
+    _run_frozen(parameters, dataloader, handles)
+
+
+def _run_frozen(parameters: VPTParameters, dataloader: Iterable[Any], handles: Iterable[Any]) -> None:
+    """Run the encoder without adapters over all batches, and remove hooks afterwards."""
+    encoder = parameters.encoder
     try:
         with in_eval(encoder), torch.no_grad(), _without_adapters(parameters.root):
             for batch in dataloader:

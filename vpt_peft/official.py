@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from .fields import refuse
 from .tuners import GatedVPTConfig, VPTConfig
 from .tuners.vpt.adapter import PromptAdapter
 from .tuners.vpt.layout import own_blocks
@@ -171,6 +173,15 @@ def _layout(parameters: VPTParameters, name: str) -> dict[str, tuple[str, list[s
     return layout
 
 
+def _check_has_names(config: VPTConfig) -> None:
+    refuse(
+        (getattr(config, "gate", None) == "elementwise",
+         "gate='elementwise': the official code has no parameters for this gate."),
+        (isinstance(config.num_virtual_tokens, list),
+         f"num_virtual_tokens={config.num_virtual_tokens}: the official code has one number for all blocks."),
+    )  # fmt: skip
+
+
 def official_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
     """An adapter's values under the official codes' parameter names, as copies.
 
@@ -178,8 +189,7 @@ def official_state_dict(model: nn.Module, adapter_name: str = "default") -> dict
         ValueError: The model has no such adapter, or the official codes have no name for what it holds.
     """
     parameters = _parameters_of(model, adapter_name)
-    if getattr(parameters.configs[adapter_name], "gate", None) == "elementwise":
-        raise ValueError("gate='elementwise': the official code has no parameters for this gate.")
+    _check_has_names(parameters.configs[adapter_name])
     adapter = parameters.adapter(adapter_name)
     result: dict[str, torch.Tensor] = {}
     for official, (part, keys) in _layout(parameters, adapter_name).items():
@@ -188,7 +198,8 @@ def official_state_dict(model: nn.Module, adapter_name: str = "default") -> dict
                 result[f"{official}.{leaf}"] = parameter.detach().clone()
         else:
             join = torch.stack if part == "prompts" else torch.cat
-            result[official] = join([_parameter(adapter, part, key).detach() for key in keys])
+            own = adapter.own_prompts if part == "prompts" else partial(_parameter, adapter, part)
+            result[official] = join([own(key).detach() for key in keys])
     return result
 
 
@@ -214,8 +225,10 @@ def load_official_state_dict(
             changed then.
     """
     parameters = _parameters_of(model, adapter_name)
-    if getattr(parameters.configs[adapter_name], "gate", None) == "elementwise":
-        raise ValueError("gate='elementwise': the official code has no parameters for this gate.")
+    config = parameters.configs[adapter_name]
+    _check_has_names(config)
+    if config.prompt_rank is not None:
+        raise ValueError(f"prompt_rank={config.prompt_rank}: official prompts are no product; attach without a rank.")
     frame = _fitting_frame(parameters, adapter_name, state_dict)
     adapter = parameters.adapter(adapter_name)
     wrong: list[str] = []
@@ -256,7 +269,7 @@ def _fitting_frame(
     if parameters.configs[name].prompt_location != "pad":
         return None
     rows, columns = (_find(state_dict, f"prompt_embeddings_{key}") for key in ("tb", "lr"))
-    width = 2 * parameters.configs[name].num_virtual_tokens
+    width = 2 * parameters.configs[name].most_tokens
     if rows is None or columns is None or rows.dim() != 4 or columns.dim() != 4:
         return None
     if rows.shape[:3] != (1, 3, width) or columns.shape[:2] != (1, 3) or columns.shape[3] != width:

@@ -11,7 +11,7 @@ from torch import nn
 from . import biases, pixels
 from .config import VPTConfig
 from .forward_pass import Owner
-from .layout import Layout, own_blocks
+from .layout import Layout, own_blocks, prompt_counts
 from .parameter_set import ParameterSet
 
 
@@ -27,7 +27,7 @@ class PromptAdapter:
     """
 
     prefix = "vpt_"
-    part_names: tuple[str, ...] = ("prompts", "projection", "patch_embedding", "biases")
+    part_names: tuple[str, ...] = ("prompts", "basis", "projection", "patch_embedding", "biases")
 
     def __init__(
         self, owner: Owner, name: str, config: VPTConfig, layout: Layout, parts: dict[str, nn.Module]
@@ -48,7 +48,7 @@ class PromptAdapter:
         if config.prompt_location in ("pad", "channel"):
             parts["prompts"] = pixels.make_prompts(owner, config, like)
         else:
-            parts["prompts"] = _make_prompts(owner, config, layout, like)
+            parts |= _make_prompts(owner, config, layout, like)
         if config.prompt_location == "channel":
             parts["patch_embedding"] = pixels.make_patch_embedding(owner, config, like)
         if config.projection_dim or config.project_patches:
@@ -60,10 +60,29 @@ class PromptAdapter:
     def begin(self) -> None:
         """Called before a training pass of the encoder."""
 
+    def own_prompts(self, key: str | None) -> torch.Tensor:
+        """Own prompts of a block before projection and dropout, `(prompts, width)`: a product where they have a rank."""
+        prompts, basis = self.parts["prompts"](key), self.parts.get("basis")
+        return prompts if basis is None else prompts @ basis(key).T
+
+    def set_prompts(self, key: str, values: torch.Tensor) -> None:
+        """Give a block's own prompts the values `(prompts, width)`; prompts with a rank get the nearest product."""
+        prompts: Any = self.parts["prompts"]
+        weight, basis = prompts[key], self.parts.get("basis")
+        values = values.detach().to(weight.device)
+        with torch.no_grad():
+            if basis is not None:
+                left, scale, right = torch.linalg.svd(values.double(), full_matrices=False)
+                rank = min(weight.shape[1], len(scale))
+                root = scale[:rank].sqrt()
+                values = weight.new_zeros(weight.shape, dtype=left.dtype)
+                values[:, :rank] = left[:, :rank] * root
+                basis[key][:, :rank] = (root[:, None] * right[:rank]).T.to(weight.dtype)  # type: ignore[index, operator]
+            weight.copy_(values)
+
     def prompts(self, key: str | None, batch: int) -> torch.Tensor:
         """Own prompts of a block, projected and with dropout drawn per image: `(1, prompts, width)`, or `(batch, ...)`."""
-        config = self.config
-        prompts = self.parts["prompts"](key)
+        config, prompts = self.config, self.own_prompts(key)
         if config.prompt_location == "prepend_pixel":
             prompts = pixels.embed_strip(self.owner, prompts)
         projection = self.parts.get("projection")
@@ -84,23 +103,35 @@ class PromptAdapter:
 
     def sources(self) -> list[torch.Tensor]:
         """The parameters that keys and values are made of."""
-        kept = ("prompts", "projection", "biases")
+        kept = ("prompts", "basis", "projection", "biases")
         return [p for part in kept if part in self.parts for p in self.parts[part].parameters()]
 
 
-def _make_prompts(owner: Owner, config: VPTConfig, layout: Layout, like: dict[str, Any]) -> ParameterSet:
+def _make_prompts(owner: Owner, config: VPTConfig, layout: Layout, like: dict[str, Any]) -> dict[str, nn.Module]:
     shapes: dict[str, tuple[int, ...]] = {}
     bounds: dict[str, float] = {}
+    counts = prompt_counts(config, owner.spec)
     for index in own_blocks(layout):
         block, key = owner.spec.blocks[index], str(index)
         width = config.projection_dim or block.width
-        count = {"add": block.tokens, "add_shared": 1}.get(config.prompt_location, config.num_virtual_tokens)
+        count = {"add": block.tokens, "add_shared": 1}.get(config.prompt_location, counts[index])
         as_pixels = config.prompt_location == "prepend_pixel"
         shapes[key] = pixels.strip_shape(owner, config) if as_pixels else (count, width)
         bounds[key] = math.sqrt(6.0 / (pixels.patch_values(owner) + width))
-    prompts = ParameterSet(shapes, **like)
-    prompts.reset_parameters(config.init_prompts if config.init_weights else "unit_normal", bounds)
-    return prompts
+    method = config.init_prompts if config.init_weights else "unit_normal"
+    rank = config.prompt_rank
+    if rank is None:
+        prompts = ParameterSet(shapes, **like)
+        prompts.reset_parameters(method, bounds)
+        return {"prompts": prompts}
+    # Bilinear prompts (Wang et al., ICCV 2025): A with deviation 0.02, B by Xavier's rule for (width, rank)
+    factor = ParameterSet({key: (count, rank) for key, (count, _) in shapes.items()}, **like)
+    basis = ParameterSet({key: (width, rank) for key, (_, width) in shapes.items()}, **like)
+    factor.reset_parameters(
+        "normal" if method == "xavier_uniform" else method, dict.fromkeys(shapes, 0.02 * math.sqrt(3.0))
+    )
+    basis.reset_parameters("xavier_uniform", {k: math.sqrt(6.0 / (width + rank)) for k, (_, width) in shapes.items()})
+    return {"prompts": factor, "basis": basis}
 
 
 def _make_projection(owner: Owner, config: VPTConfig, layout: Layout, like: dict[str, Any]) -> nn.Linear:

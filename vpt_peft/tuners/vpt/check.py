@@ -207,7 +207,7 @@ def check_quantized(encoder: nn.Module, spec: EncoderSpec, config: VPTConfig, pa
         alone = {f"{attention.path}.{each.path}" for each in projections if each is not None}
         for name, module in submodule(encoder, block.path).named_modules():
             if hasattr(module, "in_features") and has_packed_weights(module):
-                rows = config.num_virtual_tokens if name in alone else block.tokens
+                rows = config.most_tokens if name in alone else block.tokens
                 where = ".".join(filter(None, (path, block.path, name)))
                 with in_eval(module):
                     try_map(module, where, rows, dtype, needs_gradient=not config.inference_mode)

@@ -31,10 +31,10 @@ class VPTConfig(PeftConfig):
         ValueError: A value is out of range, or a combination of fields has no meaning.
     """
 
-    num_virtual_tokens: int = field(
+    num_virtual_tokens: int | list[int] = field(
         default=10,
-        metadata={"help": "Prompts per prompted block; for 'pad' the width of the frame in pixels, for 'channel' the "
-                          "number of extra input channels.", "least": 1, "most": MAX_VIRTUAL_TOKENS},
+        metadata={"help": "Prompts per prompted block, a list gives each its own number; for 'pad' the width of the "
+                          "frame in pixels, for 'channel' the number of extra input channels.", "least": 1, "most": MAX_VIRTUAL_TOKENS},
     )  # fmt: skip
     deep: bool = field(
         default=True, metadata={"help": "Every block has prompts of its own (VPT-deep), or only the first (shallow)."}
@@ -79,6 +79,14 @@ class VPTConfig(PeftConfig):
     project_patches: bool = field(
         default=False,
         metadata={"help": "One hidden-to-hidden linear map over prompts and patch tokens at the input."},
+    )
+    prompt_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "The prompts of a block are a product of this rank, A Bᵀ with A (prompts, rank) and B (width, rank).",
+            "least": 1,
+            "most": 1_000_000,
+        },
     )
     init_prompts: Literal["xavier_uniform", "normal", "zeros"] = field(
         default="xavier_uniform", metadata={"help": "How prompts start; data-driven starts: `initialize_prompts`."}
@@ -135,6 +143,10 @@ class VPTConfig(PeftConfig):
         self._check_combinations()
 
     def _check_values(self) -> None:
+        if isinstance(self.num_virtual_tokens, (list, tuple)):
+            self.num_virtual_tokens = list(self.num_virtual_tokens)
+            if not self.num_virtual_tokens:
+                raise ValueError("num_virtual_tokens=[] must be a number, or one number for each prompted block.")
         check_fields(self)
         if self.backbone is not None and not isinstance(self.backbone, str):
             raise TypeError(f"backbone={self.backbone!r} must be the dotted path of a module, or None.")
@@ -175,6 +187,7 @@ class VPTConfig(PeftConfig):
         if as_pixels:
             # `deep` is True by default and says nothing about prompts that are pixels.
             self.deep = False
+        has_list = isinstance(self.num_virtual_tokens, list)
         at_default = f"is defined for prompt tokens only, not for {where!r}; leave it at its default."
         takes_class = self.token_type == "class"
         has_layers = self.layers_to_transform is not None
@@ -182,6 +195,11 @@ class VPTConfig(PeftConfig):
             (as_pixels and has_layers, f"layers_to_transform has no meaning for prompt_location={where!r}: pixels enter once."),
             (where != "prepend" and self.projection_dim is not None, f"projection_dim {at_default}"),
             (where != "prepend" and self.project_patches, f"project_patches {at_default}"),
+            (where != "prepend" and self.prompt_rank is not None, f"prompt_rank {at_default}"),
+            (where != "prepend" and has_list,
+             f"num_virtual_tokens={self.num_virtual_tokens}: a list is for prompt tokens, not for {where!r}; give a number."),
+            (self.share_prompts and has_list,
+             f"num_virtual_tokens={self.num_virtual_tokens}: blocks that share prompts have the same number; give one."),
             (where != "prepend" and self.implementation == "kv",
              f"implementation='kv' has no meaning for prompt_location={where!r}; use 'auto'."),
             (where in ("pad", "channel") and self.prompt_dropout > 0.0,
@@ -229,6 +247,12 @@ class VPTConfig(PeftConfig):
         """A configuration from the fields of a file; see `PeftConfigMixin.from_peft_type`."""
         kwargs.pop("skip_unread", None)
         return super().from_peft_type(**kwargs)
+
+    @property
+    def most_tokens(self) -> int:
+        """The largest number of prompts that a block has."""
+        given = self.num_virtual_tokens
+        return max(given) if isinstance(given, list) else given
 
     @property
     def pools(self) -> bool:

@@ -58,6 +58,23 @@ def prompted_blocks(config: VPTConfig, spec: EncoderSpec) -> list[int]:
     return sorted(depth - 1 - layer for layer in chosen) if config.layers_from_end else chosen
 
 
+def prompt_counts(config: VPTConfig, spec: EncoderSpec) -> dict[int, int]:
+    """Number of prompts of each block that has prompts of its own.
+
+    Raises:
+        ValueError: `num_virtual_tokens` is a list of another length, or an index is out of range.
+    """
+    own, given = prompted_blocks(config, spec), config.num_virtual_tokens
+    if not isinstance(given, list):
+        return dict.fromkeys(own, given)
+    if len(given) != len(own):
+        raise ValueError(
+            f"num_virtual_tokens={given} has {len(given)} numbers, but {len(own)} blocks have prompts of their own: "
+            f"{own}; give one for each, in this order."
+        )
+    return dict(zip(own, given, strict=True))
+
+
 def make_layout(config: VPTConfig, spec: EncoderSpec, read: Sequence[bool] | None = None) -> Layout:
     """What each block does for one adapter.
 
@@ -132,6 +149,7 @@ def check_config(config: VPTConfig, spec: EncoderSpec) -> None:
         EncoderError: The encoder lacks what the configuration needs.
         ValueError: An index is out of range.
     """
+    prompt_counts(config, spec)
     make_layout(config, spec)
     where, first = config.prompt_location, spec.blocks[0]
     pools, takes_class = config.pooling is not None, config.token_type == "class"

@@ -271,6 +271,10 @@ class VPTParameters(nn.Module, PromptTunerLayer):
         """Whether no value of an adapter has changed since `update_layer` made it."""
         return self._drawn.get(name) == self._count_changes(name)
 
+    def forget_drawn(self, name: str) -> None:
+        """Note that an adapter's values have changed."""
+        self._drawn.pop(name, None)
+
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         """The parameters of one adapter, named as in `named_parameters()`."""
         return {

@@ -35,7 +35,7 @@ def strip_shape(owner: Owner, config: VPTConfig) -> tuple[int, int, int]:
     """Shape of a strip of `num_virtual_tokens` patches, (channels, height, width)."""
     convolution = submodule(owner.encoder, owner.spec.patch_embedding or "")
     height, width = convolution.kernel_size
-    return convolution.in_channels, height, width * config.num_virtual_tokens
+    return convolution.in_channels, height, width * config.most_tokens
 
 
 def embed_strip(owner: Owner, strip: torch.Tensor) -> torch.Tensor:
@@ -49,7 +49,7 @@ def embed_strip(owner: Owner, strip: torch.Tensor) -> torch.Tensor:
 def make_prompts(owner: Owner, config: VPTConfig, like: dict[str, Any]) -> ParameterSet:
     """The frame ("tb": top and bottom rows, "lr": left and right columns) or the extra channels ("0")."""
     height, width = owner.spec.image_size or (224, 224)
-    count = config.num_virtual_tokens
+    count = config.most_tokens
     if config.prompt_location == "channel":
         prompts = ParameterSet({"0": (count, height, width)}, **like)
     else:
@@ -66,7 +66,7 @@ def make_patch_embedding(owner: Owner, config: VPTConfig, like: dict[str, Any]) 
     """The patch embedding with `num_virtual_tokens` more input channels; the pre-trained ones keep their weights."""
     frozen = submodule(owner.encoder, owner.spec.patch_embedding or "")
     trained = nn.Conv2d(
-        frozen.in_channels + config.num_virtual_tokens,
+        frozen.in_channels + config.most_tokens,
         frozen.out_channels,
         frozen.kernel_size,
         frozen.stride,

@@ -1,0 +1,118 @@
+"""Prompts that move between blocks by gradient times value."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from small_models import images, randomize, tiny_vit
+
+from vpt_peft import VPTConfig, reallocate_prompts
+from vpt_peft.tuners.vpt.parameters import find_parameters
+
+
+def prompted(**fields) -> PeftModel:
+    return randomize(get_peft_model(tiny_vit(), VPTConfig(**{"num_virtual_tokens": 3, **fields})))  # type: ignore[return-value]
+
+
+def stored(model) -> list[torch.Tensor]:
+    prompts = find_parameters(model).adapter("default").parts["prompts"]  # type: ignore[union-attr]
+    return [p.detach().clone() for p in prompts.parameters()]
+
+
+def batches() -> list[dict[str, torch.Tensor]]:
+    return [{"pixel_values": images(n, seed=n), "labels": torch.arange(n)} for n in (3, 5)]
+
+
+def loss(model) -> float:
+    with torch.no_grad():
+        return float(sum(model.eval()(**batch).loss for batch in batches()))
+
+
+def scores_by_difference(model, step: float = 1e-6) -> list[list[float]]:
+    """What the loss gains per unit when a prompt is scaled up: gᵀp, without autograd."""
+    parameters = list(find_parameters(model).adapter("default").parts["prompts"].parameters())  # type: ignore[union-attr]
+    found = []
+    for parameter in parameters:
+        found.append([])
+        for row in range(len(parameter)):
+            whole, both = parameter.data[row].clone(), []
+            for sign in (1.0, -1.0):
+                parameter.data[row] = whole * (1.0 + sign * step)
+                both.append(loss(model))
+            parameter.data[row] = whole
+            found[-1].append((both[0] - both[1]) / (2 * step))
+    return found
+
+
+def test_the_worst_prompt_goes_where_prompts_help_most():
+    # Layer norm undoes scale: only prompts as tokens behind a projection with a bias have a slope along themselves
+    model = prompted(projection_dim=8)
+    scores, before = scores_by_difference(model), stored(model)
+    goal = min(range(3), key=lambda block: sum(scores[block]) / 3)
+    source = max((b for b in range(3) if b != goal), key=lambda block: max(scores[block]))
+    row = max(range(3), key=lambda index: scores[source][index])
+    assert scores[source][row] > 1e-6
+    counts = reallocate_prompts(model, batches())
+    assert counts == {b: 3 + (b == goal) - (b == source) for b in range(3)}
+    wanted = list(before)
+    wanted[goal] = torch.cat([before[goal], before[source][row : row + 1]])
+    wanted[source] = torch.cat([before[source][:row], before[source][row + 1 :]])
+    assert all(torch.equal(one, other) for one, other in zip(stored(model), wanted, strict=True))
+    assert model.peft_config["default"].num_virtual_tokens == list(counts.values())
+
+
+def test_several_moves_leave_one_prompt_each_and_only_idle_ones_go():
+    model = prompted(projection_dim=8)
+    scores = scores_by_difference(model)
+    goal = min(range(3), key=lambda block: sum(scores[block]) / 3)
+    idle = [min(sum(score > 0 for score in scores[b]), 2) for b in range(3) if b != goal]
+    counts = reallocate_prompts(model, batches(), moves=100)
+    assert counts[goal] == 3 + sum(idle) and sum(counts.values()) == 9 and sum(idle) > 1
+    assert min(counts.values()) >= 1
+
+
+def test_the_model_goes_on_training_saves_and_loads(tmp_path):
+    model = prompted(projection_dim=8)
+    model.train()
+    reallocate_prompts(model, [(batch["pixel_values"], batch["labels"]) for batch in batches()])
+    assert model.training and all(p.grad is None for p in model.parameters())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    before = loss(model)
+    for _ in range(3):
+        optimizer.zero_grad()
+        sum(model(**batch).loss for batch in batches()).backward()
+        optimizer.step()
+    assert loss(model) < before - 1e-3
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_vit(), tmp_path)
+    assert loss(again) == pytest.approx(loss(model), abs=1e-12)
+    assert [len(rows) for rows in stored(again)] == model.peft_config["default"].num_virtual_tokens
+
+
+def test_an_adapter_for_inference_stays_one():
+    model = prompted(projection_dim=8, inference_mode=True)
+    reallocate_prompts(model, batches())
+    assert not any(p.requires_grad for p in model.base_model.model.prompt_tuner.parameters())
+
+
+@pytest.mark.parametrize(
+    "fields, given, message",
+    [
+        ({}, {"adapter_name": "other"}, "adapter_name='other' is not an active"),
+        ({}, {"moves": 0}, "moves=0 must be at least 1"),
+        ({}, {"dataloader": []}, "it gives no batches"),
+        ({}, {"dataloader": [{"pixel_values": images()}]}, "needs a loss"),
+        ({"prompt_rank": 2}, {}, "without prompt_rank"),
+        ({"deep": False}, {}, "in several blocks"),
+        ({"share_prompts": True}, {}, "in several blocks"),
+        ({"prompt_location": "add"}, {}, "needs prompt tokens"),
+    ],
+)
+def test_refused(fields, given, message: str):
+    model = prompted(**fields)
+    before = stored(model)
+    with pytest.raises(ValueError, match=message):
+        reallocate_prompts(model, **{"dataloader": batches(), **given})
+    assert all(torch.equal(one, other) for one, other in zip(stored(model), before, strict=True))
+    assert not isinstance(model.peft_config["default"].num_virtual_tokens, list)
