@@ -46,7 +46,7 @@ def scores_by_difference(model, step: float = 1e-6) -> list[list[float]]:
 
 
 def test_the_worst_prompt_goes_where_prompts_help_most():
-    # Layer norm undoes scale: only prompts as tokens behind a projection with a bias have a slope along themselves
+    # Layer norm undoes scale: only behind a projection with a bias do prompts have a slope along themselves
     model = prompted(projection_dim=8)
     scores, before = scores_by_difference(model), stored(model)
     goal = min(range(3), key=lambda block: sum(scores[block]) / 3)
@@ -60,6 +60,48 @@ def test_the_worst_prompt_goes_where_prompts_help_most():
     wanted[source] = torch.cat([before[source][:row], before[source][row + 1 :]])
     assert all(torch.equal(one, other) for one, other in zip(stored(model), wanted, strict=True))
     assert model.peft_config["default"].num_virtual_tokens == list(counts.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_prompts_whose_scale_the_norm_undoes(dtype: torch.dtype):
+    """In float64 gᵀp is small but sure; in float32 it is noise, and the scores are of what the norm gives."""
+    model = prompted().to(dtype)
+    batch = {"pixel_values": images(4, dtype), "labels": torch.arange(4)}
+    parameters = list(find_parameters(model).adapter("default").parts["prompts"].parameters())  # type: ignore[union-attr]
+    if dtype == torch.float64:
+        gradients = torch.autograd.grad(model(**batch).loss, parameters)
+        scores = [(g * p).sum(-1) for g, p in zip(gradients, parameters, strict=True)]
+    else:
+        scores = scores_behind_the_norm(model, batch, [p.detach() for p in parameters])
+    wanted = expected_counts(scores)
+    before = torch.stack([rows.max() for rows in scores])
+    counts = reallocate_prompts(model, [batch])
+    assert counts == wanted and float(before.max()) > 0
+
+
+def scores_behind_the_norm(model, batch, prompts) -> list[torch.Tensor]:
+    """Gradients of factors on the normed prompts, in a plain ViT with prompt tokens put into keys and values."""
+    vit, head = tiny_vit(dtype=torch.float32).vit, model.base_model.model.classifier.modules_to_save["default"]
+    hidden, factors = vit.embeddings(batch["pixel_values"]), []
+    for block, own in zip(vit.layers, prompts, strict=True):
+        normed, attention = block.layernorm_before(hidden), block.attention
+        factors.append(torch.ones(len(own), 1, requires_grad=True))
+        both = torch.cat([normed, (block.layernorm_before(own) * factors[-1]).expand(len(hidden), -1, -1)], dim=1)
+        query, key, value = (
+            each(tokens).view(len(hidden), -1, 4, 8).transpose(1, 2)
+            for each, tokens in ((attention.q_proj, normed), (attention.k_proj, both), (attention.v_proj, both))
+        )
+        weights = torch.softmax(query @ key.transpose(-1, -2) / 8**0.5, dim=-1)
+        hidden = hidden + attention.o_proj((weights @ value).transpose(1, 2).flatten(2))
+        hidden = hidden + block.mlp(block.layernorm_after(hidden))
+    loss = torch.nn.functional.cross_entropy(head(vit.layernorm(hidden)[:, 0]), batch["labels"])
+    return [gradient.squeeze(-1) for gradient in torch.autograd.grad(loss, factors)]
+
+
+def expected_counts(scores: list[torch.Tensor]) -> dict[int, int]:
+    goal = min(range(3), key=lambda block: float(scores[block].mean()))
+    source = max((b for b in range(3) if b != goal), key=lambda block: float(scores[block].max()))
+    return {block: 3 + (block == goal) - (block == source) for block in range(3)}
 
 
 def test_several_moves_leave_one_prompt_each_and_only_idle_ones_go():

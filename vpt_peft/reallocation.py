@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from .encoder import submodule
 from .encoder.trace import in_eval
+from .tuners.vpt.forward_pass import current_pass
 from .tuners.vpt.layout import own_blocks, prompt_counts
 from .tuners.vpt.parameter_set import ParameterSet
 from .tuners.vpt.parameters import VPTParameters, find_parameters
@@ -22,6 +25,9 @@ def reallocate_prompts(
     The score of a prompt p is gᵀp with the gradient g of the loss, summed over batches: to first order, what the loss
     loses without p. The prompt with the largest positive score goes, as it is, to the block whose prompts have the lowest
     mean score; no block gives its last prompt away. The parameters are made anew, so make a new optimizer afterwards.
+
+    Layer norm undoes the scale of a deep prompt, but for its epsilon. Where that leaves nothing of gᵀp above rounding,
+    p and g are those of the normed prompt, which the attention sees.
 
     Args:
         model: A model with a loss and an active adapter of deep prompts.
@@ -48,7 +54,7 @@ def reallocate_prompts(
     if moves < 1:
         raise ValueError(f"moves={moves} must be at least 1.")
     prompts: Any = parameters.adapter(adapter_name).parts["prompts"]
-    scores = _scores(model, parameters, {index: prompts[str(index)] for index in own}, dataloader)
+    scores = _scores(model, parameters, adapter_name, {index: prompts[str(index)] for index in own}, dataloader)
     goal = min(own, key=lambda index: float(scores[index].mean()))
     rows = {index: list(prompts[str(index)].detach()) for index in own}
     for _ in range(moves):
@@ -66,36 +72,78 @@ def reallocate_prompts(
 
 
 def _scores(
-    model: Any, parameters: VPTParameters, prompts: dict[int, nn.Parameter], dataloader: Iterable[Any]
+    model: Any,
+    parameters: VPTParameters,
+    name: str,
+    prompts: dict[int, nn.Parameter],
+    dataloader: Iterable[Any],
 ) -> dict[int, torch.Tensor]:
     """Sum of gᵀp over the batches, `(prompts,)` for each block."""
-    device, dtype = parameters.device_and_dtype()
     trained = {index: parameter.requires_grad for index, parameter in prompts.items()}
-    scores = {index: parameter.detach().new_zeros(len(parameter)) for index, parameter in prompts.items()}
-    is_empty = True
+    plain = {index: parameter.detach().new_zeros(len(parameter)) for index, parameter in prompts.items()}
+    normed = {index: torch.zeros_like(score) for index, score in plain.items()}
+    most, is_empty, is_normed = 0.0, True, False
     try:
         for parameter in prompts.values():
             parameter.requires_grad_(True)
-        with in_eval(model), torch.enable_grad():
+        with in_eval(model), torch.enable_grad(), _gates_behind_norms(parameters, name) as gates:
             for batch in dataloader:
-                if not isinstance(batch, Mapping):
-                    batch = dict(zip(("pixel_values", "labels"), batch, strict=True))
-                tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
-                moved = {n: v.to(device, dtype if v.is_floating_point() else None) for n, v in tensors.items()}
-                loss = getattr(model(**{**batch, **moved}), "loss", None)
-                if loss is None:
-                    raise ValueError(
-                        "reallocate_prompts needs a loss: give batches with labels to a model with a head."
-                    )
-                for index, gradient in zip(prompts, torch.autograd.grad(loss, list(prompts.values())), strict=True):
-                    scores[index] += (gradient * prompts[index].detach()).sum(-1)
-                is_empty = False
+                gates.clear()
+                loss, is_empty = _loss(model, parameters, batch), False
+                gradients = torch.autograd.grad(loss, [*prompts.values(), *gates.values()])
+                for (index, parameter), gradient in zip(prompts.items(), gradients, strict=False):
+                    product = gradient * parameter.detach()
+                    plain[index] += product.sum(-1)
+                    most = max(most, float(product.norm(dim=-1).max()))
+                for index, gradient in zip(gates, gradients[len(prompts) :], strict=True):
+                    normed[index] += gradient.squeeze(-1)
+                is_normed = len(gates) == len(prompts)
     finally:
         for index, parameter in prompts.items():
             parameter.requires_grad_(trained[index])
     if is_empty:
         raise ValueError("dataloader: it gives no batches.")
-    return scores
+    largest = max(float(score.abs().max()) for score in plain.values())
+    is_rounding = largest <= 100.0 * torch.finfo(next(iter(plain.values())).dtype).eps * most
+    return normed if is_normed and is_rounding else plain
+
+
+def _loss(model: Any, parameters: VPTParameters, batch: Any) -> torch.Tensor:
+    if not isinstance(batch, Mapping):
+        batch = dict(zip(("pixel_values", "labels"), batch, strict=True))
+    device, dtype = parameters.device_and_dtype()
+    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    moved = {name: t.to(device, dtype if t.is_floating_point() else None) for name, t in tensors.items()}
+    loss = getattr(model(**{**batch, **moved}), "loss", None)
+    if loss is None:
+        raise ValueError("reallocate_prompts needs a loss: give batches with labels to a model with a head.")
+    return loss
+
+
+@contextmanager
+def _gates_behind_norms(parameters: VPTParameters, name: str) -> Iterator[dict[int, torch.Tensor]]:
+    """Factors of one, `(prompts, 1)`, on what norms make of an adapter's key/value prompts; gᵀp is their gradient."""
+    gates: dict[int, torch.Tensor] = {}
+    handles = []
+    for layer in parameters.layers:
+
+        def gate(
+            module: nn.Module, args: tuple, output: torch.Tensor, index: int = layer.index
+        ) -> torch.Tensor | None:
+            running = current_pass(parameters)
+            if running is None or running.projecting is None or running.projecting.name != name:
+                return None
+            gates[index] = output.new_ones((output.shape[-2], 1)).requires_grad_(True)
+            return output * gates[index]
+
+        if layer.spec.attention.norm is not None:
+            norm = submodule(layer.block, layer.spec.attention.norm)
+            handles.append(norm.register_forward_hook(gate))
+    try:
+        yield gates
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _replace(parameters: VPTParameters, name: str, values: dict[str, torch.Tensor]) -> None:
