@@ -361,3 +361,15 @@ def test_memory_of_a_process(method: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "262144")
     estimated, measured = json.loads(run_python(RESIDENT, method).stdout.splitlines()[-1])
     assert estimated == pytest.approx(measured, rel=0.15)
+
+
+def test_command_with_a_number_for_each_block_rank_and_biases(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ViTConfig(**VIT).save_pretrained(tmp_path)
+    flags = ["--model_name_or_path", str(tmp_path), "--method", "vpt", "--format", "json"]
+    trained = []
+    for more in (["2"], ["2", "5", "1"], ["2", "--prompt_rank", "1"], ["2", "--bias", "value", "mlp"]):
+        assert cost_command.run([*flags, "--num_virtual_tokens", *more]) == 0
+        trained.append(json.loads(capsys.readouterr().out)[0]["trainable_values"])
+    assert [number - trained[0] for number in trained[1:]] == [2 * 32, 3 * (2 + 32 - 2 * 32), 3 * 2 * 32]

@@ -6,6 +6,7 @@ import pytest
 
 from vpt_peft.data.arguments import DataArguments
 from vpt_peft.training.arguments import METHODS, MethodArguments, VPTTrainingArguments, from_record, parse_args
+from vpt_peft.training.model import method_options
 
 
 @pytest.fixture
@@ -144,3 +145,20 @@ def test_record_repeats_the_run_without_secrets(parse, tmp_path):
     assert again.training.seed == 3 and again.training.learning_rate == arguments.training.learning_rate
     assert from_record(DataArguments, record) == arguments.data
     assert from_record(MethodArguments, record).method == "gated_vpt"
+
+
+def test_numbers_of_prompts_rank_and_biases(parse):
+    _, _, method, _, given = parse("--num_virtual_tokens", "5", "--bias", "all", "--prompt_rank", "4")
+    assert (method.num_virtual_tokens, method.bias, method.prompt_rank) == (5, "all", 4)
+    assert (given["num_virtual_tokens"], given["bias"]) == (5, "all")
+    _, _, method, _, given = parse("--num_virtual_tokens", "5", "2", "--bias", "value", "--init_method", "vipamin")
+    assert (method.num_virtual_tokens, method.bias, method.init_method) == ([5, 2], ["value"], "vipamin")
+    assert method_options(method).fields == {"bias": ["value"]}
+    assert method_options(method).num_virtual_tokens == [5, 2]
+    assert from_record(MethodArguments, given).num_virtual_tokens == [5, 2]
+    _, _, _, training, _ = parse("--recipe", "vpt_paper", "--num_virtual_tokens", "5", "100")
+    assert training.per_device_train_batch_size == 64
+    with pytest.raises(ValueError, match=r"num_virtual_tokens=\[5, 0\] must be at least 1"):
+        parse("--num_virtual_tokens", "5", "0")
+    with pytest.raises(ValueError, match="prompt_rank=4 has no effect with method='lora'"):
+        parse("--method", "lora", "--prompt_rank", "4")

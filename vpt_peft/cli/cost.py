@@ -21,6 +21,7 @@ def run(argv: Sequence[str]) -> int:
     """Print what training costs, one row per method; only the configuration of the model is downloaded."""
     from ..cost import OPTIMIZER_STATES, estimate_costs
     from ..methods import METHODS
+    from ..methods.options import out_of_list
 
     parser = ArgumentParser(
         prog="vpt-peft cost",
@@ -29,7 +30,15 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--model_name_or_path", default="embedded", help="Hub id or folder, or an embedded backbone")
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS), help="default: all of them")
-    parser.add_argument("--num_virtual_tokens", type=int, default=10, help="prompts per prompted block")
+    parser.add_argument(
+        "--num_virtual_tokens",
+        type=int,
+        nargs="+",
+        default=[10],
+        help="prompts per prompted block; several: one for each",
+    )
+    parser.add_argument("--prompt_rank", type=int, help="prompts are a product of two matrices of this rank")
+    parser.add_argument("--bias", nargs="+", help="biases that train: all, or some of value, output, mlp, norm")
     parser.add_argument("--num_labels", type=int, help="labels of the head; default: as the configuration says")
     parser.add_argument("--batch_size", type=int, default=8, help="images per step")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the weights")
@@ -50,6 +59,9 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--output_file", help="also write the estimates to this .json file")
     own = vars(parser.parse_args(list(argv)))
 
+    own["num_virtual_tokens"] = out_of_list(own["num_virtual_tokens"])
+    rank, bias = own.pop("prompt_rank"), out_of_list(own.pop("bias"))
+    own |= {name: value for name, value in (("prompt_rank", rank), ("bias", bias)) if value is not None}
     output_file, kind, limit = own.pop("output_file"), own.pop("format"), own.pop("memory_limit_gb")
     if limit is not None and not 0 < limit < float("inf"):
         raise ValueError(f"--memory_limit_gb {limit:g} must be a positive number of gigabytes.")

@@ -109,7 +109,7 @@ def estimate_costs(
     headroom: float | None = None,
     device: torch.device | str | None = None,
     num_labels: int | None = None,
-    num_virtual_tokens: int = 10,
+    num_virtual_tokens: int | list[int] = 10,
     lora_r: int = 8,
     partial_blocks: int = 1,
     mlp_layers: int = 3,
@@ -140,7 +140,8 @@ def estimate_costs(
         device (`torch.device` or `str`, *optional*): whose kernels are assumed; by default the model's device, for
             configurations a GPU if there is one.
         num_labels (`int`, *optional*): labels of the head, for configurations.
-        num_virtual_tokens, lora_r, partial_blocks, mlp_layers, adapter_reduction (`int`): as for `vpt-peft train`.
+        num_virtual_tokens (`int` or `list[int]`): prompts per prompted block.
+        lora_r, partial_blocks, mlp_layers, adapter_reduction (`int`): as for `vpt-peft train`.
         fields: further fields of `VPTConfig` or `GatedVPTConfig`.
 
     Returns:

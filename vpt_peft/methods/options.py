@@ -6,13 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..tuners.vpt.config import BIAS_PLACES
+
+
+def out_of_list(given: Any) -> Any:
+    """A single number of prompts, or a single word for all biases, without the list that a flag gives."""
+    is_single = isinstance(given, list) and len(given) == 1 and given[0] not in BIAS_PLACES
+    return given[0] if is_single else given
+
 
 @dataclass(frozen=True)
 class MethodOptions:
     """What the methods leave open, with the defaults of `vpt-peft train`.
 
     Args:
-        num_virtual_tokens (`int`): prompts per prompted block.
+        num_virtual_tokens (`int` or `list[int]`): prompts per prompted block, a list gives each its own number.
         lora_r (`int`): rank of LoRA.
         partial_blocks (`int`): last blocks that `partial` trains.
         mlp_layers (`int`): linear layers of the head of `mlp`.
@@ -23,7 +31,7 @@ class MethodOptions:
         ValueError: a number is not an integer of at least 1.
     """
 
-    num_virtual_tokens: int = 10
+    num_virtual_tokens: int | list[int] = 10
     lora_r: int = 8
     partial_blocks: int = 1
     mlp_layers: int = 3
@@ -33,5 +41,7 @@ class MethodOptions:
     def __post_init__(self) -> None:
         for name in ("num_virtual_tokens", "lora_r", "partial_blocks", "mlp_layers", "adapter_reduction"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            # The configuration checks the numbers of a list
+            is_list = name == "num_virtual_tokens" and isinstance(value, list)
+            if not is_list and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1.")

@@ -18,8 +18,10 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..data.arguments import DataArguments
 from ..methods import METHODS, PROMPT_METHODS
+from ..methods.options import out_of_list
 from ..tasks import get_task, task_names
 from ..tasks.base import DEFAULT_TASK
+from ..tuners.vpt.config import BIAS_PLACES
 from .recipes import recipe_defaults, scaled_learning_rate
 
 
@@ -53,7 +55,19 @@ class MethodArguments:
         default="default", metadata={"help": "Preset of optimizer, schedule and rates; flags override it."}
     )
 
-    num_virtual_tokens: int = field(default=10, metadata={"help": "Prompts per prompted block."})
+    num_virtual_tokens: list[int] = field(
+        default_factory=lambda: [10], metadata={"help": "Prompts per prompted block; several numbers: one for each."}
+    )
+    prompt_rank: int | None = field(
+        default=None, metadata={"help": "Prompts are a product of two matrices of this rank; default: whole."}
+    )
+    bias: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Biases that train with the prompts: all, or some of value, output, mlp, norm.",
+            "choices": ["none", "all", *BIAS_PLACES],
+        },
+    )
     prompt_dropout: float | None = field(default=None, metadata={"help": "Dropout on prompts, drawn per image."})
     projection_dim: int | None = field(default=None, metadata={"help": "Width the prompts live in before projection."})
     pooling: Literal["class", "image", "prompt", "image_prompt"] | None = field(
@@ -78,7 +92,8 @@ class MethodArguments:
         default=None, metadata={"help": "gated_vpt: learn one attention temperature per block."}
     )
     init_method: (
-        Literal["random", "tokens", "class_token_final", "class_token_layerwise", "mean_pool", "kmeans"] | None
+        Literal["random", "tokens", "class_token_final", "class_token_layerwise", "mean_pool", "kmeans", "vipamin"]
+        | None
     ) = field(
         default=None,
         metadata={"help": "Initial prompts: random, or features of training images; default: as the recipe says."},
@@ -119,9 +134,11 @@ class MethodArguments:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} is unknown; choose one of {', '.join(METHODS)}.")
+        self.num_virtual_tokens, self.bias = (out_of_list(each) for each in (self.num_virtual_tokens, self.bias))
         for name in ("num_virtual_tokens", "partial_blocks", "mlp_layers", "adapter_reduction", "lora_r"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+            given = getattr(self, name)
+            if min(given if isinstance(given, list) else [given], default=0) < 1:
+                raise ValueError(f"{name}={given} must be at least 1.")
         if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
             raise ValueError(f"early_stopping_patience={self.early_stopping_patience} must be at least 1.")
         for name in ("base_learning_rate", "prompt_learning_rate", "head_learning_rate"):
@@ -140,6 +157,8 @@ class MethodArguments:
 
 
 PROMPT_FIELDS = (
+    "prompt_rank",
+    "bias",
     "prompt_dropout",
     "projection_dim",
     "pooling",
@@ -258,6 +277,7 @@ def parse_args(argv: Sequence[str] | Mapping[str, Any]) -> Arguments:
         parser.print_help()
         raise SystemExit(0)
     given = vars(parser.without_defaults().parse_args(tokens))
+    given |= {name: out_of_list(given[name]) for name in ("num_virtual_tokens", "bias") if name in given}
     given |= recipe_defaults(given)
     if given.get("train_on_validation"):
         # Nothing is left to evaluate on while training

@@ -74,7 +74,8 @@ def _default_recipe(given: Mapping[str, Any], method: str) -> dict[str, Any]:
 
 
 def _paper_recipe(given: Mapping[str, Any], method: str, recipe: str) -> dict[str, Any]:
-    prompts = given.get("num_virtual_tokens", 10)
+    given_prompts = given.get("num_virtual_tokens", 10)
+    prompts = max(given_prompts) if isinstance(given_prompts, list) else given_prompts
     values: dict[str, Any] = {
         "optim": "sgd",
         "optim_args": "momentum=0.9",
