@@ -23,7 +23,7 @@ NOT_FLAGS: list[Any] = [1, 0, "yes", None, 1.0]
 NOT_LAYERS: list[Any] = ["0", 1.5, [0.5], ["0"], True, [True], [None], {0: 1}, b"0"]
 
 WRONG_TYPES: list[tuple[str, Any]] = [
-    *(("num_virtual_tokens", value) for value in ("10", 10.0, True, None, [10], torch.tensor(3))),
+    *(("num_virtual_tokens", value) for value in ("10", 10.0, True, None, {10}, ["10"], torch.tensor(3))),
     *((name, value) for name in ("deep", "propagate", "share_prompts", "pool_before_norm") for value in NOT_FLAGS),
     *((name, value) for name in ("project_patches", "base_in_eval", "self_check", "init_weights", "layers_from_end")
       for value in NOT_FLAGS),
