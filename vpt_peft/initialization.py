@@ -20,8 +20,7 @@ from .attention import project
 from .encoder import submodule
 from .encoder.inputs import IMAGE_INPUTS
 from .encoder.projections import apply_projection
-from .encoder.trace import in_eval
-from .tuners.vpt.adapter import PromptAdapter
+from .encoder.trace import in_eval, random_state_kept
 from .tuners.vpt.layout import own_blocks, prompt_counts
 from .tuners.vpt.parameters import VPTParameters, find_parameters
 
@@ -75,10 +74,10 @@ def initialize_prompts(
         method: "tokens": for each block, a uniform sample of the patch tokens it receives; "class_token_final": class
             tokens of the last block's output; "class_token_layerwise": class tokens each block receives; "mean_pool":
             means over each image's patch tokens; "kmeans": k-means centres of the patch tokens (needs scikit-learn);
-            "vipamin": the prompts of the first prompted block, as they are drawn, go to tokens whose keys are like
-            theirs and to directions that the block's attention does not give; about 256 images are enough.
+            "vipamin": random prompts of the first prompted block go to tokens whose keys are like theirs and to
+            directions that the block's attention does not give, the others stay; about 256 images are enough.
         adapter_name: The adapter.
-        seed: Of the sampling. The same data in the same order gives the same prompts.
+        seed: Of what is sampled or drawn. The same data in the same order gives the same prompts.
         neighbors: For "vipamin", of how many tokens a prompt becomes the mean (the paper tries 2, 8, 32 and 128).
         orthogonal: For "vipamin", the share λ in [0, 1] of the part orthogonal to the attention's outputs.
 
@@ -105,7 +104,12 @@ def initialize_prompts(
     if method == "class_token_final" and len({parameters.spec.blocks[index].width for index in own}) > 1:
         raise ValueError("method='class_token_final': the blocks' widths differ; use 'tokens'.")
     if method == "vipamin":
-        adapter.set_prompts(str(own[0]), _vipamin(parameters, adapter, own[0], dataloader, neighbors, orthogonal))
+        device, dtype = parameters.device_and_dtype()
+        with random_state_kept(parameters.encoder, seed=seed):
+            parts = adapter.make_parts(parameters, config, adapter.layout, {"device": device, "dtype": dtype})
+        drawn = type(adapter)(parameters, adapter_name, config, adapter.layout, parts).own_prompts(str(own[0]))
+        start = _vipamin(parameters, drawn.detach(), own[0], dataloader, neighbors, orthogonal)
+        adapter.set_prompts(str(own[0]), start)
         return
     factor = KMEANS_TOKENS_PER_PROMPT if method == "kmeans" else 1
     reservoirs = {index: Reservoir(counts[index] * factor, seed + index) for index in own}
@@ -117,7 +121,7 @@ def initialize_prompts(
 
 def _vipamin(
     parameters: VPTParameters,
-    adapter: PromptAdapter,
+    prompts: torch.Tensor,
     index: int,
     dataloader: Iterable[Any],
     neighbors: int,
@@ -164,7 +168,6 @@ def _vipamin(
         raise ValueError(f"neighbors={neighbors} is more than the {count} patch tokens of an image.")
     tokens, keys, outputs = (sums[name] / seen for name in ("tokens", "keys", "outputs"))
     with torch.no_grad():
-        prompts = adapter.own_prompts(str(index)).to(*parameters.device_and_dtype())
         unit = torch.eye(prompts.shape[1], device=prompts.device, dtype=prompts.dtype)
         values = apply_projection(module, attention.value, torch.cat([unit[:1] * 0.0, unit, prompts]), attention.heads)
         values = values.transpose(0, 1).flatten(1).double()
