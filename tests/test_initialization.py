@@ -96,7 +96,7 @@ def test_reproducible_by_seed(method):
     for seed in (0, 0, 1):
         model = prompted()
         initialize_prompts(model, batches(), method=method, seed=seed)
-        starts.append(prompts_of(model, 0))
+        starts.append(prompts_of(model, 0 if method == "vipamin" else 1))
     assert torch.equal(starts[0], starts[1])
     assert not torch.equal(starts[0], starts[2])
 
