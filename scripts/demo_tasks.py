@@ -1,0 +1,171 @@
+"""Tasks made of scikit-learn's handwritten digits that frozen features may not separate, tried for the demonstration.
+
+    python scripts/demo_tasks.py --output_dir out/demo-tasks
+
+Writes each task as a data set that `vpt-peft train --dataset_name` reads, trains a linear probe and all weights on it at
+three rates each, and prints the best validation accuracy of both. Test images are made and never looked at here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas
+from PIL import Image
+from transformers import HfArgumentParser
+
+from vpt_peft.data.sources import read_source
+from vpt_peft.training.arguments import parse_args
+from vpt_peft.training.train import train
+
+
+EDGE = 32
+SIZES = {"train": 400, "validation": 300, "test": 300}
+RATES = {"linear": (1e-2, 1e-1, 1.0), "full": (1e-4, 3e-4, 1e-3)}
+EPOCHS = {"linear": 200, "full": 20}
+
+
+@dataclass
+class Arguments:
+    """What is tried."""
+
+    output_dir: str = field(default="out/demo-tasks", metadata={"help": "Gets data sets, runs and results."})
+    tasks: list[str] = field(default_factory=lambda: list(TASKS), metadata={"help": "Any of the tasks."})
+    model_name_or_path: str = field(default="embedded", metadata={"help": "The backbone."})
+    seed: int = field(default=0, metadata={"help": "Of initial values and the order of images."})
+
+
+@dataclass
+class Digits:
+    """The digits of one split, to draw from."""
+
+    images: list[Image.Image]
+    labels: np.ndarray
+    rng: np.random.Generator
+
+    def draw(self, values: tuple[int, ...] = tuple(range(10))) -> tuple[Image.Image, int]:
+        """Return a digit of one of the values, and its value."""
+        index = int(self.rng.choice(np.flatnonzero(np.isin(self.labels, values))))
+        return self.images[index], int(self.labels[index])
+
+    def paste(self, *pieces: tuple[Image.Image, int, int]) -> Image.Image:
+        """Return a black canvas with digits at (left, top)."""
+        canvas = Image.new("L", (EDGE, EDGE))
+        for image, left, top in pieces:
+            canvas.paste(image, (left, top))
+        return canvas
+
+
+def turned(digits: Digits) -> tuple[Image.Image, str]:
+    """How far a digit is turned, in eighths of a full turn; digits that look alike when turned are left out."""
+    image, _ = digits.draw((2, 3, 4, 5, 7))
+    eighths = int(digits.rng.integers(8))
+    upright = digits.paste((image.resize((20, 20), Image.Resampling.BICUBIC), 6, 6))
+    return upright.rotate(45 * eighths, Image.Resampling.BICUBIC), f"{45 * eighths:03} degrees"
+
+
+def place(digits: Digits) -> tuple[Image.Image, str]:
+    """In which of 16 cells a digit stands."""
+    image, _ = digits.draw()
+    row, column = (int(value) for value in digits.rng.integers(4, size=2))
+    return digits.paste((image, 8 * column, 8 * row)), f"row {row + 1}, column {column + 1}"
+
+
+def count(digits: Digits) -> tuple[Image.Image, str]:
+    """How many digits there are, one to six."""
+    number = int(digits.rng.integers(1, 7))
+    cells = digits.rng.choice(16, number, replace=False)
+    return digits.paste(*((digits.draw()[0], 8 * int(c % 4), 8 * int(c // 4)) for c in cells)), str(number)
+
+
+def larger(digits: Digits) -> tuple[Image.Image, str]:
+    """Which of two different digits has the larger value."""
+    (left, first), (right, second) = digits.draw(), digits.draw()
+    while first == second:
+        right, second = digits.draw()
+    pieces = [(image.resize((14, 14), Image.Resampling.BICUBIC), x, 9) for image, x in ((left, 1), (right, 17))]
+    return digits.paste(*pieces), "left" if first > second else "right"
+
+
+def apart(digits: Digits) -> tuple[Image.Image, str]:
+    """How many rows and columns lie between two digits in all, in four ranges of about equal size."""
+    first, second = (int(cell) for cell in digits.rng.choice(16, 2, replace=False))
+    steps = abs(first % 4 - second % 4) + abs(first // 4 - second // 4)
+    pieces = [(digits.draw()[0], 8 * (cell % 4), 8 * (cell // 4)) for cell in (first, second)]
+    return digits.paste(*pieces), {1: "1", 2: "2", 3: "3"}.get(steps, "4 to 6")
+
+
+TASKS: dict[str, Callable[[Digits], tuple[Image.Image, str]]] = {
+    task.__name__: task for task in (turned, place, count, larger, apart)
+}
+
+
+def build(task: Callable[[Digits], tuple[Image.Image, str]]) -> datasets.DatasetDict:
+    """Return the task's data set; each split is made of the digits of that split alone."""
+    source, _ = read_source("digits", None, None, None, None)
+    drawn = {}
+    for number, (name, size) in enumerate(SIZES.items()):
+        digits = Digits(source[name]["image"][:], np.array(source[name]["label"]), np.random.default_rng([0, number]))
+        drawn[name] = [task(digits) for _ in range(size)]
+    names = sorted({label for pairs in drawn.values() for _, label in pairs})
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    return datasets.DatasetDict(
+        {
+            name: datasets.Dataset.from_dict(
+                {"image": [image for image, _ in pairs], "label": [names.index(label) for _, label in pairs]}, features
+            )
+            for name, pairs in drawn.items()
+        }
+    )
+
+
+def main() -> None:
+    """Try every task and print the table."""
+    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    logging.getLogger("vpt_peft").setLevel(logging.WARNING)
+    folder = Path(arguments.output_dir)
+    rows = []
+    for name in arguments.tasks:
+        data = folder / "data" / name
+        if not data.is_dir():
+            build(TASKS[name]).save_to_disk(data)
+        row = {"task": name}
+        for method, rates in RATES.items():
+            found = {rate: validate(arguments, data, method, rate) for rate in rates}
+            best = max(found, key=lambda rate: found[rate])
+            row |= {method: 100 * found[best], f"{method} rate": best}
+            row |= {f"{method} all": " / ".join(f"{100 * value:.1f}" for value in found.values())}
+        rows.append({**row, "gap": row["full"] - row["linear"]})
+        (folder / "results.json").write_text(json.dumps(rows, indent=1))
+        print(pandas.DataFrame(rows).to_markdown(index=False, floatfmt="g"), flush=True)
+
+
+def validate(arguments: Arguments, data: Path, method: str, rate: float) -> float:
+    """Return the validation accuracy of the last epoch."""
+    given = {
+        "model_name_or_path": arguments.model_name_or_path,
+        "dataset_name": str(data),
+        "method": method,
+        "seed": arguments.seed,
+        "num_train_epochs": EPOCHS[method],
+        "learning_rate": rate,
+        "head_learning_rate": rate if method == "linear" else 1e-3,
+        "output_dir": str(data.parents[1] / "runs" / f"{data.name}-{method}-{rate:g}"),
+        "overwrite_output_dir": True,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "load_best_model_at_end": False,
+        "disable_tqdm": True,
+    }
+    metrics = train(parse_args(given), with_test=False)
+    return metrics["eval_accuracy"]
+
+
+if __name__ == "__main__":
+    main()
