@@ -159,6 +159,7 @@ def validate(arguments: Arguments, data: Path, method: str, rate: float) -> floa
         "output_dir": str(data.parents[1] / "runs" / f"{data.name}-{method}-{rate:g}"),
         "overwrite_output_dir": True,
         "eval_strategy": "no",
+        "logging_strategy": "no",
         "save_strategy": "no",
         "load_best_model_at_end": False,
         "disable_tqdm": True,
