@@ -103,6 +103,13 @@ class MethodArguments:
     mlp_layers: int = field(default=3, metadata={"help": "mlp: linear layers of the head."})
     adapter_reduction: int = field(default=8, metadata={"help": "adapter: hidden size over bottleneck width."})
     lora_r: int = field(default=8, metadata={"help": "lora: rank."})
+    solver: Literal["lbfgs", "optimizer"] | None = field(
+        default=None,
+        metadata={
+            "help": "linear: fit the head on cached features to the optimum by L-BFGS, with the L2 penalty that is best on "
+            "validation, or take steps of the optimizer; default: lbfgs unless rate, schedule, decay or length are given."
+        },
+    )
 
     base_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate for 256 images a step, scaled to the actual number (VPT)."}
@@ -171,6 +178,7 @@ PROMPT_FIELDS = (
 )
 GATE_FIELDS = ("gate", "gate_init", "attention_temperature")
 _ONLY_FOR = dict.fromkeys(PROMPT_FIELDS, PROMPT_METHODS) | dict.fromkeys(GATE_FIELDS, ("gated_vpt",))
+_ONLY_FOR["solver"] = ("linear",)
 
 
 @dataclass

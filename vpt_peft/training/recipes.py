@@ -28,6 +28,20 @@ _DEFAULT_RATES = {
     "lora": (1e-3, 2e-3),
 }
 
+# Who gives one of these wants steps of an optimizer
+_OF_OPTIMIZER = {
+    "learning_rate",
+    "base_learning_rate",
+    "head_learning_rate",
+    "weight_decay",
+    "head_weight_decay",
+    "num_train_epochs",
+    "max_steps",
+    "optim",
+    "lr_scheduler_type",
+    "early_stopping_patience",
+}
+
 
 def recipe_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that the recipe named in `given` adds to what the user gave; nothing given is changed.
@@ -63,6 +77,8 @@ def _default_recipe(given: Mapping[str, Any], method: str) -> dict[str, Any]:
         "num_train_epochs": 20,
         "per_device_train_batch_size": 32,
     }
+    if method == "linear" and not _OF_OPTIMIZER & set(given):
+        values["solver"] = "lbfgs"
     if method in PROMPT_METHODS:
         values |= {"prompt_learning_rate": added, "prompt_weight_decay": 0.0}
     if method == "vpt":

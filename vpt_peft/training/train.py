@@ -24,6 +24,7 @@ from .feature_cache import FeatureCache, FeaturesTooLarge, default_cache_dir
 from .features import FEATURES, CachedForward, SplitPoint, find_split_point
 from .model import build_model, check_trainable, load_image_processor, resolve_model_path
 from .output import claim_output_dir, full_disk_explained, last_checkpoint, prepare_output_dir
+from .probe import fit_head, layer_to_fit
 from .report import describe_run, expected_bytes, measure_step
 from .trainer import TrainingDiverged, VPTTrainer
 from .trainer_inputs import start_prompts, trainer_inputs
@@ -102,7 +103,8 @@ def train(arguments: Arguments, with_test: bool = True) -> dict[str, float]:
             training.restore_callback_states_from_checkpoint = True
             trainer.add_callback(EarlyStoppingCallback(method.early_stopping_patience))
         expected = 0.0
-        if trainer.is_world_process_zero():
+        probe = layer_to_fit(method, split_point, inputs["train"])
+        if trainer.is_world_process_zero() and probe is None:
             cost = measure_step(trainer)
             expected = expected_bytes(trainer, counts, cost)
             logger.info(describe_run(trainer, counts, cost))
@@ -110,7 +112,10 @@ def train(arguments: Arguments, with_test: bool = True) -> dict[str, float]:
         # Training
         set_seed(training.seed)
         try:
-            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if probe is not None:
+                result = fit_head(probe, task, training, inputs["train"], inputs.get("validation"))
+            else:
+                result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except TrainingDiverged as error:
             raise TrainingDiverged(what_to_lower(error, arguments)) from error
         saved_bytes = 0
