@@ -17,6 +17,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 SPLITS = ("train", "validation", "test")
 # Most patches per class and split, so that no class is most of the images
 _PER_CLASS = {"train": 60, "validation": 30, "test": 60}
+# Classes of pictures by their number of nuclei: the most of each
+_COUNTS = ((1, "0-1"), (3, "2-3"), (6, "4-6"), (10, "7-10"), (16, "11-16"), (10**6, "17+"))
 # Fewest training patches of a class
 _FEWEST = 20
 
@@ -30,7 +32,7 @@ def prepare(shared: Path, target: Path, size: int) -> tuple[dict[str, str], dict
         size: image size of the ViT-Tiny.
     """
     data = {name: str(shared / "datasets" / name) for name in ("caltech101", "cifar100")}
-    for name, patches in (("bccd_cells", _cells), ("camvid_patches", _patches)):
+    for name, patches in (("nuclei_counts", _counts), ("camvid_patches", _patches)):
         folder = target / "data" / name
         if not (folder / "data" / "test.parquet").is_file():
             source = datasets.load_dataset(str(shared / "datasets" / name.split("_")[0]))
@@ -46,18 +48,20 @@ def prepare(shared: Path, target: Path, size: int) -> tuple[dict[str, str], dict
     return data, {"supervised": str(backbone), "mae": "embedded-mae"}
 
 
-def _cells(split: datasets.Dataset, shared: Path) -> Iterator[tuple[Image.Image, str]]:
-    """Blood cells cut out of their pictures, a little wider than their box."""
-    names = split.features["objects"]["category"].feature.names
+def _counts(split: datasets.Dataset, shared: Path) -> Iterator[tuple[Image.Image, str]]:
+    """Squares of microscope pictures by how many nuclei have their centre in them."""
     for row in split:
-        for (left, top, width, height), category in zip(
-            row["objects"]["bbox"], row["objects"]["category"], strict=True
-        ):
-            side = 1.2 * max(width, height)
-            x, y = left + width / 2, top + height / 2
-            if side >= 12:
-                box = (round(x - side / 2), round(y - side / 2), round(x + side / 2), round(y + side / 2))
-                yield row["image"].convert("RGB").crop(box), names[category]
+        image, instances = row["image"].convert("RGB"), np.array(row["instances"])
+        numbers = instances.ravel().astype(np.int64)
+        pixels = np.bincount(numbers)
+        places = [np.bincount(numbers, axis.ravel()) for axis in np.indices(instances.shape)]
+        # 0 is the background
+        centres = np.stack([place[1:][pixels[1:] > 0] / pixels[1:][pixels[1:] > 0] for place in places], axis=1)
+        for top in range(0, instances.shape[0] - 127, 64):
+            for left in range(0, instances.shape[1] - 127, 64):
+                inside = (centres >= (top, left)).all(axis=1) & (centres < (top + 128, left + 128)).all(axis=1)
+                name = next(name for most, name in _COUNTS if inside.sum() <= most)
+                yield image.crop((left, top, left + 128, top + 128)), name
 
 
 def _patches(split: datasets.Dataset, shared: Path) -> Iterator[tuple[Image.Image, str]]:

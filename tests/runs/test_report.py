@@ -10,6 +10,7 @@ from vpt_peft.data.suites import SUITES
 from vpt_peft.files import write_json
 from vpt_peft.plots import find_runs, group_runs, plot
 from vpt_peft.runs.comparison import Comparison
+from vpt_peft.runs.grid import Range
 from vpt_peft.runs.published import published_table
 from vpt_peft.runs.report import report
 from vpt_peft.runs.results import Memory, Place, make_result, result_path, write_result
@@ -75,6 +76,23 @@ def test_a_suite_has_both_means_and_published_rows_apart(comparison, tmp_path):
     assert per_set == ["method", *SETS]
     difference = cells(measured)[-2:]
     assert difference[0][:2] == ["linear", "-10.00"] and difference[0][-1] == "19"
+
+
+def test_choices_at_the_edge_are_told(comparison, tmp_path):
+    space = {
+        "num_train_epochs": [10.0, 20.0, 40.0],
+        "learning_rate": Range(1e-3, 1e-1, False),
+        "init_method": ["a", "b"],
+    }
+    comparison.spaces = {"vpt": space, "linear": space}
+    chosen = {"num_train_epochs": 40.0, "learning_rate": 0.05, "init_method": "b"}
+    comparison._chosen |= {
+        ("vpt", "cifar"): chosen,
+        ("vpt", "kitti"): {"num_train_epochs": 40.0},
+        ("linear", "dtd"): {},
+    }
+    text, _ = report(comparison, searched=False)
+    assert "searched, so that more (or less) may do better:\n\n- vpt: num_train_epochs=40 on cifar, kitti\n\n" in text
 
 
 def test_metrics_that_are_no_shares_have_no_ppt():
