@@ -1,21 +1,66 @@
-"""Write files whole or not at all, so that a full disk or a crash leaves what was there before."""
+"""Read regular files only; write files whole or not at all, so that a full disk leaves what was there before."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 # The arguments of a run, in its output folder
 RUN_RECORD = "training_config.json"
 # Files that promise others beside them, such as weights that fit
 _LAST = (".json", ".onnx")
+# Far above what configurations with tens of thousands of labels take
+MAX_JSON_BYTES = 64 * 2**20
+
+
+def open_regular(path: str | Path, most: int | None = None) -> IO[bytes]:
+    """Open a regular file, or a link to one, to read bytes; pipes and devices may never end.
+
+    Args:
+        path: The file.
+        most: Largest size in bytes.
+
+    Raises:
+        OSError: It cannot be opened, is no regular file, or is larger.
+    """
+    # Without O_NONBLOCK opening a pipe waits for its other end
+    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        status = os.fstat(number)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(f"{str(path)!r} is not a regular file, but a folder, pipe, socket or device")
+        if most is not None and status.st_size > most:
+            raise OSError(f"{str(path)!r} has {status.st_size:,} bytes, more than the {most:,} that are read")
+        return os.fdopen(number, "rb")
+    except BaseException:
+        os.close(number)
+        raise
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        OSError: The file cannot be opened, is no regular file, or is larger than 64 MiB.
+        ValueError: It is not JSON, or no JSON object.
+    """
+    with open_regular(path, MAX_JSON_BYTES) as file:
+        content = file.read()
+    try:
+        values = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); download it again, or repeat the training.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a JSON {type(values).__name__}, not an object; download it again.")
+    return values
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

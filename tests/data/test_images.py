@@ -1,9 +1,12 @@
 import io
+import os
 import pickle
+import socket
 
 import datasets
 import numpy as np
 import pytest
+from peft_fixtures import run_python
 from PIL import Image
 
 from vpt_peft.data.images import CheckedImage, DataError, ImageError, find_corrupt_images, read_bytes, to_rgb
@@ -198,3 +201,78 @@ def test_missing_bytes(mixed):
     row = mixed.cast_column("image", datasets.Image(decode=False))[4]["image"]
     with pytest.raises(ImageError, match="gone.jpg"):
         read_bytes(row)
+
+
+def test_memory_of_large_images(tmp_path):
+    """Too many pixels are refused before decoding; of 25 million there are the file's own and the RGB ones at a time."""
+    (tmp_path / "bomb.png").write_bytes(encoded(Image.new("1", (13_000, 13_000))))
+    Image.new("I;16", (5000, 5000)).save(tmp_path / "wide.tif")
+    Image.new("RGBA", (5000, 5000)).save(tmp_path / "clear.tif")
+    program = """
+import resource, sys
+from vpt_peft.data.images import ImageError, to_rgb
+for name in ("bomb.png", "wide.tif", "clear.tif"):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        to_rgb(f"{sys.argv[1]}/{name}")
+    except ImageError as error:
+        print(error, file=sys.stderr)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    done = run_python(program, str(tmp_path))
+    assert "bomb.png" in done.stderr and "13000x13000 pixels are more than the 89,478,485" in done.stderr
+    bomb, wide, clear = map(int, done.stdout.split())
+    assert bomb < 20 and wide < 25 * (2 + 1 + 4) + 130
+    # Over the peak of the image before
+    assert wide + clear < 25 * (4 + 4) + 130
+    path = str(tmp_path / "bomb.png")
+    with pytest.raises(ImageError, match="13000x13000"):
+        CheckedImage().decode_example({"path": path, "bytes": None})
+    assert len(find_corrupt_images(datasets.Dataset.from_dict({"image": [path]}))) == 1
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "socket"])
+def test_only_regular_files_are_opened(kind, tmp_path):
+    path = tmp_path / "image.png"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(path))
+    for read in (to_rgb, lambda name: read_bytes({"path": name}), lambda name: CheckedImage().decode_example(
+        {"path": name, "bytes": None}
+    )):  # fmt: skip
+        with pytest.raises(ImageError, match="image.png"):
+            read(str(path))
+
+
+def test_a_link_to_a_file_is_opened(tmp_path):
+    (tmp_path / "image.png").write_bytes(encoded(Image.new("RGB", (3, 2), "red")))
+    (tmp_path / "link.png").symlink_to(tmp_path / "image.png")
+    assert to_rgb(tmp_path / "link.png").size == (3, 2)
+
+
+def test_formats_that_need_another_program_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was called"))
+    path = tmp_path / "image.png"
+    Image.new("RGB", (8, 8)).save(path, "EPS")
+    for read in (to_rgb, lambda name: CheckedImage().decode_example({"path": name, "bytes": None})):
+        with pytest.raises(ImageError, match="cannot identify"):
+            read(str(path))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "TIFF", "WEBP"])
+def test_of_an_animation_the_first_frame(kind):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "lime")]
+    content = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+    assert pixels(content)[0] == pytest.approx(RED, abs=2)
+
+
+def test_an_image_that_is_given_is_left_alone():
+    image = Image.new("RGB", (4, 2), "red")
+    image.getexif()[0x0112] = 6
+    assert to_rgb(image).size == (2, 4) and image.size == (4, 2)

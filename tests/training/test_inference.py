@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +21,9 @@ import vpt_peft.hub as hub_module
 from vpt_peft.cli.main import main
 from vpt_peft.data.arguments import DataArguments
 from vpt_peft.data.images import DataError, find_images
+from vpt_peft.files import write_whole
 from vpt_peft.hub import push_adapter
+from vpt_peft.tasks import get_task
 from vpt_peft.training.arguments import from_record
 from vpt_peft.training.evaluation import as_table, evaluate_model, predict_images
 from vpt_peft.training.inference import load_adapter_model, read_record
@@ -229,3 +233,31 @@ def test_training_pushes_the_finished_adapter(hub, tiny_vit, tmp_path, capsys):
     local = load_file(tmp_path / "out" / "vpt_peft_baseline.safetensors")
     assert torch.equal(loaded.classifier.weight, local["classifier.weight"])
     assert hub.token not in (tmp_path / "out" / "training_config.json").read_text()
+
+
+def test_a_name_that_is_not_utf8(trained, pictures, tmp_path):
+    source = find_images([pictures])[0]
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
+    odd.write_bytes(source.read_bytes())
+    rows = predict_images(*trained[2:], [source, odd])
+    assert rows[1]["predictions"] == rows[0]["predictions"] and rows[1]["image"].endswith("caf\\xe9.png")
+    for kind in ("csv", "json"):
+        write_whole(tmp_path / f"table.{kind}", as_table(rows, kind))
+
+
+def test_a_batch_of_large_images_is_run_in_parts(trained, pictures, monkeypatch):
+    """What is held decoded has few pixels; the predictions are those of a whole batch."""
+    paths = [path for path in find_images([pictures]) if "broken" not in path.name] * 2
+    expected = predict_images(*trained[2:], paths)
+    counts = []
+    task = get_task()
+    whole = type(task).predict
+    monkeypatch.setattr(
+        type(task), "predict", lambda self, m, p, images, *rest: counts.append(len(images)) or whole(self, m, p, images, *rest)
+    )  # fmt: skip
+    with Image.open(paths[0]) as image:
+        monkeypatch.setattr("vpt_peft.training.evaluation._MOST_PIXELS", image.width * image.height - 1)
+    found = predict_images(*trained[2:], paths)
+    assert counts[0] == 1 and sum(counts) == len(paths)
+    for one, other in zip(found, expected, strict=True):
+        assert [p["label"] for p in one["predictions"]] == [p["label"] for p in other["predictions"]]

@@ -8,9 +8,8 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import datasets
-from PIL import Image
 
-from .images import DataError, read_bytes
+from .images import DataError, open_image, read_bytes
 
 
 _BOX_NAMES = ("bbox", "bboxes", "box", "boxes")
@@ -81,7 +80,7 @@ def as_lists(value: Any) -> dict[str, list]:
 
 def image_size(image: Any) -> tuple[int, int]:
     """Return (width, height) of an undecoded image, upright, from its header."""
-    with Image.open(io.BytesIO(read_bytes(image))) as opened:
+    with open_image(io.BytesIO(read_bytes(image))) as opened:
         width, height = opened.size
         return (height, width) if opened.getexif().get(_ORIENTATION) in _TRANSPOSED else (width, height)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pandas
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction
 
@@ -21,6 +23,9 @@ from ..tasks import Task, get_task
 
 
 logger = logging.getLogger(__name__)
+
+# A batch of decoded images ends here, at some 100 MB
+_MOST_PIXELS = 2**25
 
 
 @torch.no_grad()
@@ -91,7 +96,7 @@ def predict_images(
         image_processor: prepares its images.
         paths: image files.
         top_k: most predictions per image; None: all.
-        batch_size: images per forward pass.
+        batch_size: images per forward pass; fewer of large ones, so that memory stays bounded.
         augmentation: as in training; its evaluation form decides between resizing and cropping.
         task: default: image classification.
 
@@ -103,21 +108,34 @@ def predict_images(
         raise ValueError(f"top_k={top_k} must be at least 1.")
     model.eval()
     rows: list[dict[str, Any]] = []
-    for start in range(0, len(paths), batch_size):
-        images, readable = [], []
-        for path in paths[start : start + batch_size]:
-            rows.append({"image": str(path), "predictions": [], "error": None})
-            try:
-                images.append(to_rgb(str(path)))
-                readable.append(rows[-1])
-            except ImageError as error:
-                logger.warning("%s", error)
-                rows[-1]["error"] = str(error)
-        if images:
+    waiting: list[tuple[dict[str, Any], Image.Image]] = []
+
+    def predict_waiting() -> None:
+        if waiting:
+            images = [image for _, image in waiting]
             found = task.predict(model, image_processor, images, augmentation, top_k)
-            for row, predictions in zip(readable, found, strict=True):
+            for (row, _), predictions in zip(waiting, found, strict=True):
                 row["predictions"] = predictions
+            waiting.clear()
+
+    for path in paths:
+        rows.append({"image": _printable(path), "predictions": [], "error": None})
+        try:
+            image = to_rgb(str(path))
+        except ImageError as error:
+            logger.warning("%s", error)
+            rows[-1]["error"] = str(error)
+            continue
+        waiting.append((rows[-1], image))
+        if len(waiting) == batch_size or sum(each.width * each.height for _, each in waiting) > _MOST_PIXELS:
+            predict_waiting()
+    predict_waiting()
     return rows
+
+
+def _printable(path: str | Path) -> str:
+    """A path for a table; bytes that are no UTF-8 become escapes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def as_table(rows: Sequence[dict[str, Any]], kind: str) -> str:
