@@ -14,19 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import datasets
-import numpy as np
 import pandas
 from PIL import Image
 from transformers import HfArgumentParser
 
-from vpt_peft.data.sources import read_source
+from vpt_peft.data.digits import Digits, count, make_task
 from vpt_peft.training.arguments import parse_args
 from vpt_peft.training.train import train
 
 
-EDGE = 32
-SIZES = {"train": 400, "validation": 300, "test": 300}
 FLAGS: dict[str, dict[str, float]] = {
     "linear": {},
     "full": {"num_train_epochs": 10, "learning_rate": 3e-4, "head_learning_rate": 1e-3},
@@ -43,27 +39,6 @@ class Arguments:
     seed: int = field(default=0, metadata={"help": "Of initial values and the order of images."})
 
 
-@dataclass
-class Digits:
-    """The digits of one split, to draw from."""
-
-    images: list[Image.Image]
-    labels: np.ndarray
-    rng: np.random.Generator
-
-    def draw(self, values: tuple[int, ...] = tuple(range(10))) -> tuple[Image.Image, int]:
-        """Return a digit of one of the values, and its value."""
-        index = int(self.rng.choice(np.flatnonzero(np.isin(self.labels, values))))
-        return self.images[index], int(self.labels[index])
-
-    def paste(self, *pieces: tuple[Image.Image, int, int]) -> Image.Image:
-        """Return a black canvas with digits at (left, top)."""
-        canvas = Image.new("L", (EDGE, EDGE))
-        for image, left, top in pieces:
-            canvas.paste(image, (left, top))
-        return canvas
-
-
 def turned(digits: Digits) -> tuple[Image.Image, str]:
     """How far a digit is turned, in eighths of a full turn; digits that look alike when turned are left out."""
     image, _ = digits.draw((2, 3, 4, 5, 7))
@@ -77,13 +52,6 @@ def place(digits: Digits) -> tuple[Image.Image, str]:
     image, _ = digits.draw()
     row, column = (int(value) for value in digits.rng.integers(4, size=2))
     return digits.paste((image, 8 * column, 8 * row)), f"row {row + 1}, column {column + 1}"
-
-
-def count(digits: Digits) -> tuple[Image.Image, str]:
-    """How many digits there are, one to six."""
-    number = int(digits.rng.integers(1, 7))
-    cells = digits.rng.choice(16, number, replace=False)
-    return digits.paste(*((digits.draw()[0], 8 * int(c % 4), 8 * int(c // 4)) for c in cells)), str(number)
 
 
 def larger(digits: Digits) -> tuple[Image.Image, str]:
@@ -108,25 +76,6 @@ TASKS: dict[str, Callable[[Digits], tuple[Image.Image, str]]] = {
 }
 
 
-def build(task: Callable[[Digits], tuple[Image.Image, str]]) -> datasets.DatasetDict:
-    """Return the task's data set; each split is made of the digits of that split alone."""
-    source, _ = read_source("digits", None, None, None, None)
-    drawn = {}
-    for number, (name, size) in enumerate(SIZES.items()):
-        digits = Digits(source[name]["image"][:], np.array(source[name]["label"]), np.random.default_rng([0, number]))
-        drawn[name] = [task(digits) for _ in range(size)]
-    names = sorted({label for pairs in drawn.values() for _, label in pairs})
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
-    return datasets.DatasetDict(
-        {
-            name: datasets.Dataset.from_dict(
-                {"image": [image for image, _ in pairs], "label": [names.index(label) for _, label in pairs]}, features
-            )
-            for name, pairs in drawn.items()
-        }
-    )
-
-
 def main() -> None:
     """Try every task and print the table."""
     (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
@@ -136,7 +85,7 @@ def main() -> None:
     for name in arguments.tasks:
         data = folder / "data" / name
         if not data.is_dir():
-            build(TASKS[name]).save_to_disk(data)
+            make_task(TASKS[name]).save_to_disk(data)
         row: dict = {"task": name} | {method: 100 * validate(arguments, data, method) for method in FLAGS}
         rows.append({**row, "full - linear": row["full"] - row["linear"]})
         (folder / "results.json").write_text(json.dumps(rows, indent=1))

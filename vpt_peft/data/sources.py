@@ -1,4 +1,4 @@
-"""Where image data comes from: scikit-learn's digits, a folder, or the Hub."""
+"""Where image data comes from: handwritten digits, a folder, or the Hub."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
-from PIL import Image
 
+from .digits import DIGITS
 from .images import IMAGE_SUFFIXES, DataError, DataNotFoundError
 from .listed import is_listed, read_listed
 
@@ -21,7 +20,6 @@ from .listed import is_listed, read_listed
 _SPLIT_FOLDERS = frozenset(
     ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
 )
-_DIGITS_SEED = 0
 
 
 def read_source(
@@ -30,7 +28,7 @@ def read_source(
     """Read a data set as it comes, and the class names of an `id2label.json` beside it.
 
     Args:
-        name: "digits", a folder, or an id on the Hub (a folder wins over an id).
+        name: "digits", "digits-count", a folder, or an id on the Hub (a folder wins over an id).
         config_name: configuration of the data set.
         revision: branch, tag or commit on the Hub.
         token: Hub token; default: `HF_TOKEN` or the stored login.
@@ -40,8 +38,8 @@ def read_source(
         DataNotFoundError: if there is no such folder or Hub id, or it cannot be reached.
         DataError: if it is there and cannot be read.
     """
-    if name == "digits":
-        return _digits(), None
+    if name in DIGITS:
+        return DIGITS[name](), None
     folder = Path(name).expanduser()
     options: dict[str, Any] = {"name": config_name, "cache_dir": cache_dir}
     if folder.is_dir():
@@ -125,25 +123,3 @@ def _read_id2label(path: Path) -> dict[int, str] | None:
     if sorted(id2label) != list(range(len(id2label))) or len(set(id2label.values())) < len(id2label):
         raise DataError(f"{path} must give each of the keys 0..{len(id2label) - 1} once, each with its own name.")
     return id2label
-
-
-def _digits() -> datasets.DatasetDict:
-    """scikit-learn's 1,797 handwritten digits, 8x8 grey, 0..16 brought to 0..255; 60/20/20 by label, always alike."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    values, labels = load_digits(return_X_y=True)
-    pixels = np.rint(values.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    everything = np.arange(len(labels))
-    train, rest = train_test_split(everything, test_size=0.4, stratify=labels, random_state=_DIGITS_SEED)
-    validation, test = train_test_split(rest, test_size=0.5, stratify=labels[rest], random_state=_DIGITS_SEED)
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("0123456789"))})
-    return datasets.DatasetDict(
-        {
-            name: datasets.Dataset.from_dict(
-                {"image": [Image.fromarray(pixels[i]) for i in rows], "label": labels[rows].tolist()},
-                features=features,
-            )
-            for name, rows in (("train", train), ("validation", validation), ("test", test))
-        }
-    )

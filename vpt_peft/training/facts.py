@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from ..data.digits import DIGITS
 from ..embedded import EMBEDDED_FOLDERS
 from ..files import write_whole
 from ..methods import METHODS, PROMPT_METHODS
@@ -63,7 +64,7 @@ def write_card(
         "library_name": "peft" if peft_tag else "transformers",
         "tags": ["vpt_peft", task.pipeline_tag, "vision", method.method, *peft_tag],
         "base_model": _public_name(arguments.model.model_name_or_path),
-        "datasets": [data_name] if not local_data and data.dataset_name != "digits" else None,
+        "datasets": [data_name] if not local_data and data.dataset_name not in DIGITS else None,
         "data_name": data_name,
     }
     fields = {
