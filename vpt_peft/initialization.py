@@ -71,6 +71,7 @@ def initialize_prompts(
         model: A model with a prompt adapter.
         dataloader: Batches of images: mappings with the encoder's arguments (others are left out), tuples whose first
             element is the images, or image tensors. Every batch is used once; memory does not grow with their number.
+            Positions are interpolated to images of another size than the encoder's.
         method: "tokens": for each block, a uniform sample of the patch tokens it receives; "class_token_final": class
             tokens of the last block's output; "class_token_layerwise": class tokens each block receives; "mean_pool":
             means over each image's patch tokens; "kmeans": k-means centres of the patch tokens (needs scikit-learn);
@@ -268,6 +269,8 @@ def _encoder_arguments(parameters: VPTParameters, batch: Any) -> dict[str, Any]:
         batch = {main: batch[0]}
     if not isinstance(batch, Mapping) or main not in batch:
         raise ValueError(f"a batch must be images, a tuple that begins with images, or a mapping with {main!r}.")
+    if "interpolate_pos_encoding" in accepted and tuple(batch[main].shape[-2:]) != parameters.spec.image_size:
+        batch = {"interpolate_pos_encoding": True, **batch}
     device, dtype = parameters.device_and_dtype()
     return {
         name: value.to(device, dtype if value.is_floating_point() else None)

@@ -60,6 +60,13 @@ class DataArguments:
             "help": "Train on the validation images too, for the number of epochs given, once settings are chosen."
         },
     )
+    image_size: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Boxes and masks: height and width that images are fitted into, in pixels. Default: the image "
+            "processor's."
+        },
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most this many images."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most this many images."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Test on at most this many images."})
@@ -70,6 +77,8 @@ class DataArguments:
     def __post_init__(self) -> None:
         if not 0 < self.validation_fraction < 1:
             raise DataError(f"validation_fraction={self.validation_fraction} must lie between 0 and 1, as in 0.2.")
+        if self.image_size is not None and (len(self.image_size) != 2 or min(self.image_size) < 1):
+            raise DataError(f"image_size={self.image_size} must be height and width in pixels, as in 480 640.")
         for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
             limit = getattr(self, name)
             if limit is not None and limit < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TypeAlias, cast
 
 from peft import PeftModel
@@ -9,8 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..encoder import EncoderSpec, find_encoder, submodule
+from ..heads import find_task_head
 
 
+_DENSE = re.compile(r"For\w*(Detection|Segmentation)$")
 Classifier: TypeAlias = PeftModel | PreTrainedModel
 
 
@@ -60,11 +63,15 @@ def find_head(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Return the task head as {dotted name: module}: the top-level modules that lead to the labels.
 
     A model with two heads (distilled DeiT) gives both. Where the head sits inside the backbone's own module (timm
-    wrappers) the output layer alone is the head.
+    wrappers) the output layer alone is the head. Of a model for boxes or masks it is all that is no encoder: neck,
+    decoder and head.
 
     Raises:
         ValueError: no linear layer has `config.num_labels` outputs.
     """
+    if _DENSE.search(type(model).__name__):
+        spec = find_encoder(model)
+        return {path: model.get_submodule(path) for path in find_task_head(model, spec.path, spec)}
     name, output_layer = find_output_layer(model)
     num_labels = model.config.num_labels
     head = {

@@ -9,13 +9,14 @@ from typing import Any, Protocol
 
 import datasets
 from PIL import Image
+from transformers import PreTrainedModel
 
 from ..data.arguments import DataArguments
 
 
 DEFAULT_TASK = "image-classification"
 # pipeline tag: module of this package that holds its `TASK`
-_TASKS = {DEFAULT_TASK: "classification"}
+_TASKS = {DEFAULT_TASK: "classification", "object-detection": "detection"}
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Task(Protocol):
         metrics: what an evaluation measures beside the loss.
         best_metric: the metric that chooses the best weights.
         label_names: keys of the targets in a batch, as `TrainingArguments.label_names`.
+        has_cached_features: an image is seen in one way where it is not augmented, and its targets are read without it.
+        refused_methods: methods of training that make no sense here.
         limits: what a card says such a model cannot do.
         example: code of a card that prints what `model` and `processor` make of `image`.
     """
@@ -71,6 +74,8 @@ class Task(Protocol):
     metrics: tuple[Metric, ...]
     best_metric: str
     label_names: tuple[str, ...]
+    has_cached_features: bool
+    refused_methods: tuple[str, ...]
     limits: str
     example: str
 
@@ -103,6 +108,24 @@ class Task(Protocol):
         """
         ...
 
+    def load_model(self, path: str, id2label: Mapping[int, str], source: Mapping[str, Any]) -> PreTrainedModel:
+        """Return a model for the task in float32: a checkpoint's own, or an encoder with a head of this package.
+
+        Args:
+            path: Hub id or folder.
+            id2label: the classes of the head.
+            source: `revision`, `token` and `cache_dir`, as of `from_pretrained`.
+
+        Raises:
+            ValueError: the checkpoint lacks weights, or cannot do the task.
+            OSError: there is no such model.
+        """
+        ...
+
+    def prepare_processor(self, image_processor: Any, data: DataArguments) -> Any:
+        """Return the image processor of a run, made from that of the backbone; it is saved with the run."""
+        ...
+
     def id2label(self, split: datasets.Dataset) -> dict[int, str]:
         """Return the classes of a split by their numbers."""
         ...
@@ -119,6 +142,16 @@ class Task(Protocol):
 
     def collate(self, examples: list[Any]) -> dict[str, Any]:
         """Return transformed examples, or cached features of them, as one batch."""
+        ...
+
+    def measurable(self, model: Any, predictions: Any, labels: Any) -> Any:
+        """Return what `compute_metrics` takes as predictions: tensors of one batch, gathered as they are.
+
+        Args:
+            model: what predicted.
+            predictions: all it returned but the loss.
+            labels: the targets of the batch.
+        """
         ...
 
     def compute_metrics(self) -> Callable[..., dict[str, float]]:

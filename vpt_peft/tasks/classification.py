@@ -6,7 +6,7 @@ Accuracy and macro-F1 are `evaluate` metrics over scikit-learn; they work offlin
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +15,25 @@ import evaluate
 import torch
 from PIL import Image
 from sklearn.metrics import accuracy_score, f1_score
-from transformers import AutoModelForImageClassification, EvalPrediction, default_data_collator
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    EvalPrediction,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+    default_data_collator,
+)
 
 from ..data.arguments import DataArguments
 from ..data.images import DataError
 from ..data.sources import read_source
 from ..data.splits import as_checked_images, choose_splits, divide, find_column
 from ..data.transforms import ImageTransform, build_transform
+from ..methods.structure import find_head
 from .base import DEFAULT_TASK, Metric
+from .loading import load_pretrained
 
 
 logger = logging.getLogger(__name__)
@@ -139,6 +150,8 @@ class ImageClassification:
     best_metric = "accuracy"
     higher_is_better = True
     label_names = ("labels",)
+    has_cached_features = True
+    refused_methods = ()
     example = (
         'logits = model(**processor(images=image, return_tensors="pt")).logits\n'
         "print(model.config.id2label[logits.argmax(-1).item()])"
@@ -214,6 +227,35 @@ class ImageClassification:
             prepared = {name: _renumber(split, names, id2label) for name, split in prepared.items()}
         return datasets.DatasetDict({name: prepared[name] for name in data.limits if name in prepared})
 
+    def load_model(self, path: str, id2label: Mapping[int, str], source: Mapping[str, Any]) -> PreTrainedModel:
+        """Load a classifier; a head of another size starts at zero.
+
+        MAE checkpoints are read as ViTs, as transformers has no classifier for them.
+        """
+        config = AutoConfig.from_pretrained(path, **source)
+        loader: Any = AutoModelForImageClassification
+        if config.model_type == "vit_mae":
+            config, loader = ViTConfig.from_dict({**config.to_dict(), "model_type": "vit"}), ViTForImageClassification
+        model, drawn = load_pretrained(loader, path, config, id2label, source)
+        _start_at_zero(model, drawn)
+        return model
+
+    def prepare_processor(self, image_processor: Any, data: DataArguments) -> Any:
+        """Return the image processor as it is: a classifier has one size.
+
+        Raises:
+            DataError: another one is asked for.
+        """
+        if data.image_size is not None:
+            raise DataError(
+                f"image_size={data.image_size} is for boxes and masks; a classifier has a size of its own."
+            )
+        return image_processor
+
+    def measurable(self, model: Any, predictions: Any, labels: Any) -> Any:
+        """Return the predictions as they are."""
+        return predictions
+
     def id2label(self, split: datasets.Dataset) -> dict[int, str]:
         """Return the classes of a split by their numbers."""
         return dict(enumerate(split.features["label"].names))
@@ -258,6 +300,19 @@ class ImageClassification:
 
 
 TASK = ImageClassification()
+
+
+def _start_at_zero(model: PreTrainedModel, drawn: Collection[str]) -> None:
+    """Let output layers that the checkpoint does not hold start at zero.
+
+    All classes are alike then. Random layers send their noise into the prompts, which hurts where images are few.
+    """
+    for path, head in find_head(model).items():
+        linears = [(name, module) for name, module in head.named_modules() if isinstance(module, nn.Linear)]
+        name, output_layer = linears[-1]
+        if ".".join(filter(None, (path, name, "weight"))) in drawn:
+            for parameter in output_layer.parameters():
+                nn.init.zeros_(parameter)
 
 
 def _check_columns(splits: Mapping[str, datasets.Dataset], image_column: str, label_column: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 import torch
 from PIL import Image
-from transformers import AutoModelForObjectDetection, EvalPrediction
+from transformers import AutoConfig, AutoModelForObjectDetection, EvalPrediction, PreTrainedModel
 
 from ..data.arguments import DataArguments
 from ..data.canvas import Canvas, JointAugmentation, canvas_size
@@ -22,7 +22,9 @@ from ..data.detection import read_detection
 from ..data.images import to_rgb
 from ..data.objects import object_classes
 from ..dense.boxes import centres, corners
+from ..dense.detector import ViTFCOSForObjectDetection
 from .average_precision import METRICS, AveragePrecision
+from .loading import load_pretrained, quiet_loading
 
 
 # Findings of an image that count, as COCO has it
@@ -105,7 +107,7 @@ class DetectionTransform:
 class DetectionMetrics:
     """Average precision of batches that come one by one, as `Trainer` wants them with `batch_eval_metrics`.
 
-    It takes what `ObjectDetection.measurable` makes of outputs and labels.
+    Its predictions are what `ObjectDetection.measurable` makes of outputs and labels.
     """
 
     def __init__(self) -> None:
@@ -113,10 +115,7 @@ class DetectionMetrics:
 
     def __call__(self, eval_prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
         """Add a batch; return the measures of all batches since the last result, or {} before the last one."""
-        found, targets = (
-            torch.as_tensor(value[0] if isinstance(value, tuple) else value)
-            for value in (eval_prediction.predictions, eval_prediction.label_ids)
-        )
+        found, targets = map(torch.as_tensor, eval_prediction.predictions)
         for of_image, expected in zip(found.double(), targets.double(), strict=True):
             size = (int(expected[0, 0]), int(expected[0, 1]))
             objects = [
@@ -146,11 +145,12 @@ class ObjectDetection:
     best_metric = "map"
     higher_is_better = True
     label_names = ("labels",)
+    has_cached_features = False
+    refused_methods = ("mlp", "sidetune")
     example = (
-        'outputs = model(**processor(images=image, return_tensors="pt"))\n'
-        "found = processor.post_process_object_detection(outputs, 0.3, [(image.height, image.width)])[0]\n"
-        'for score, label, box in zip(found["scores"], found["labels"], found["boxes"]):\n'
-        "    print(model.config.id2label[label.item()], round(score.item(), 3), box.tolist())"
+        "from vpt_peft.tasks import get_task\n"
+        'for found in get_task("object-detection").predict(model, processor, [image])[0]:\n'
+        "    print(found)"
     )
     limits = "The model finds only objects of the classes above; it misses some, and small ones most."
 
@@ -163,6 +163,20 @@ class ObjectDetection:
     ) -> datasets.DatasetDict:
         """Read a data set with the columns "image" and "objects"; see `vpt_peft.data.detection.read_detection`."""
         return read_detection(data, token, cache_dir, id2label)
+
+    def load_model(self, path: str, id2label: Mapping[int, str], source: Mapping[str, Any]) -> PreTrainedModel:
+        """Load a detector of transformers, or a plain ViT with the head of `ViTFCOSForObjectDetection`."""
+        config = AutoConfig.from_pretrained(path, **source)
+        if type(config) in AutoModelForObjectDetection._model_mapping:
+            return load_pretrained(AutoModelForObjectDetection, path, config, id2label, source)[0]
+        with quiet_loading():
+            return ViTFCOSForObjectDetection.from_backbone(path, id2label, source)
+
+    def prepare_processor(self, image_processor: Any, data: DataArguments) -> Any:
+        """Return the image processor with the size of the canvas: `image_size`, else its own."""
+        height, width = data.image_size or canvas_size(image_processor)
+        image_processor.size = {"height": height, "width": width}
+        return image_processor
 
     def id2label(self, split: datasets.Dataset) -> dict[int, str]:
         """Return the classes of a split by their numbers."""
@@ -200,7 +214,9 @@ class ObjectDetection:
     def measurable(
         self, model: Any, predictions: Sequence[Any], labels: Sequence[Mapping[str, torch.Tensor]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return outputs and labels of a batch as tensors that can be gathered across processes.
+        """Return outputs and labels of a batch as tensors in pixels of the images.
+
+        Trainer would cut the lists of labels in the last batch.
 
         Args:
             model: gives the number of classes.

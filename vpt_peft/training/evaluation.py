@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas
 import torch
+from accelerate.utils import send_to_device
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction
@@ -68,12 +69,13 @@ def evaluate_model(
     metrics: dict[str, float] = {}
     loader: DataLoader = DataLoader(rows, batch_size=batch_size, collate_fn=task.collate)
     for batch in loader:
-        inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+        inputs = send_to_device(batch, device)
         output = model(**inputs)
         count = len(next(iter(batch.values())))
         total, seen = total + output.loss.item() * count, seen + count
         predictions = tuple(value for name, value in output.items() if name != "loss")
-        targets = tuple(batch[name] for name in task.label_names)
+        targets = tuple(inputs[name] for name in task.label_names)
+        predictions = task.measurable(base_model(model), predictions, targets[0] if len(targets) == 1 else targets)
         metrics = compute_metrics(EvalPrediction(predictions, targets), compute_result=seen == len(rows))
     return {**metrics, "loss": total / seen, "samples": seen}
 

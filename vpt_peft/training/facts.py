@@ -9,6 +9,7 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
+import transformers
 from transformers import AutoConfig
 
 from ..data.digits import DIGITS
@@ -131,7 +132,8 @@ def _snippet(arguments: Arguments, task: Task, folder: Path, model_class: str) -
         'image = Image.new("RGB", (224, 224))  # or Image.open("your.jpg").convert("RGB")\n'
         f"with torch.no_grad():\n{indent(task.example, '    ')}\n"
     )
-    if method not in (*PROMPT_METHODS, "lora"):
+    # transformers does not know the heads of this package
+    if method not in (*PROMPT_METHODS, "lora") or not hasattr(transformers, model_class):
         return (
             "import torch\nfrom PIL import Image\nfrom vpt_peft.training.inference import load_adapter_model\n\n"
             f"{target}model, processor = load_adapter_model(adapter)\n{use}"

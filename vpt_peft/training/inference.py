@@ -17,6 +17,7 @@ from ..embedded import EMBEDDED_FOLDERS
 from ..files import RUN_RECORD
 from ..methods.structure import Classifier
 from ..tasks import get_task
+from ..tasks.base import DEFAULT_TASK
 from .arguments import ModelArguments
 from .checkpoints import labels_of_adapter, load_trained, read_baseline_spec
 from .model import build_baseline, load_backbone, load_image_processor, resolve_model_path
@@ -89,7 +90,8 @@ def load_adapter_model(
     """
     folder = local_folder(path_or_id, revision, subfolder, token, cache_dir)
     check_files(folder)
-    source: dict[str, Any] = {"token": token, "cache_dir": cache_dir}
+    task = get_task(read_record(folder).get("task", DEFAULT_TASK))
+    source: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "task": task.pipeline_tag}
     spec = read_baseline_spec(folder)
     model: Classifier
     if spec is None:
@@ -114,7 +116,6 @@ def load_adapter_model(
             ) from error
     elif spec.method == "full":
         backbone = ModelArguments(base_model or spec.base_model_name_or_path, spec.revision, **source)
-        task = get_task(read_record(folder).get("task", backbone.task))
         model = task.auto_class.from_pretrained(folder, dtype=torch.float32)
     else:
         backbone = ModelArguments(base_model or spec.base_model_name_or_path, spec.revision, **source)

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
     PreTrainedModel,
-    ViTConfig,
-    ViTForImageClassification,
 )
-from transformers.utils import logging as transformers_logging
 
 from ..embedded import EMBEDDED_FOLDERS, embedded_path
 from ..methods import METHODS, MethodOptions, apply_method
-from ..methods.structure import Classifier, find_head
+from ..methods.structure import Classifier
 from ..tasks import get_task
 from .arguments import GATE_FIELDS, PROMPT_FIELDS, MethodArguments, ModelArguments
 from .optim import split_trainable
@@ -85,65 +79,21 @@ def _named(model_args: ModelArguments) -> Iterator[None]:
 
 
 def load_backbone(model_args: ModelArguments, id2label: Mapping[int, str]) -> PreTrainedModel:
-    """Load an image classifier in float32 with a head for `id2label`; a head of another size starts at zero.
-
-    MAE checkpoints are read as ViTs, as transformers has no classifier for them.
+    """Load a model for the task of `model_args` in float32 with a head for `id2label`; see `Task.load_model`.
 
     Raises:
-        ValueError: weights other than the head's are missing or have another shape than the checkpoint's config says.
+        ValueError: weights other than the head's are missing or have another shape than the checkpoint's config says,
+            or the model cannot do the task.
         OSError: there is no such model.
     """
-    labels = dict(id2label)
-    path = resolve_model_path(model_args.model_name_or_path)
     source: dict[str, Any] = {
         "revision": model_args.model_revision or "main",
         "cache_dir": model_args.cache_dir,
         "token": model_args.token,
     }
     with _named(model_args):
-        config = AutoConfig.from_pretrained(path, **source)
-    loader: Any = get_task(model_args.task).auto_class
-    if config.model_type == "vit_mae":
-        config, loader = ViTConfig.from_dict({**config.to_dict(), "model_type": "vit"}), ViTForImageClassification
-    config.id2label, config.label2id = labels, {name: index for index, name in labels.items()}
-    with _quiet_loading(), _named(model_args):
-        model, info = loader.from_pretrained(
-            path, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **source
-        )
-    head = find_head(model)
-    drawn = {*info["missing_keys"], *(mismatch[0] for mismatch in info["mismatched_keys"])}
-    wrong = sorted(key for key in drawn if not any(key == name or key.startswith(f"{name}.") for name in head))
-    if wrong:
-        raise ValueError(
-            f"model_name_or_path={model_args.model_name_or_path!r} does not hold the backbone's weights "
-            f"{', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}; choose a checkpoint that fits its config.json."
-        )
-    _start_at_zero(model, drawn)
-    return model
-
-
-def _start_at_zero(model: PreTrainedModel, drawn: Collection[str]) -> None:
-    """Let output layers that the checkpoint does not hold start at zero.
-
-    All classes are alike then. Random layers send their noise into the prompts, which hurts where images are few.
-    """
-    for path, head in find_head(model).items():
-        linears = [(name, module) for name, module in head.named_modules() if isinstance(module, nn.Linear)]
-        name, output_layer = linears[-1]
-        if ".".join(filter(None, (path, name, "weight"))) in drawn:
-            for parameter in output_layer.parameters():
-                nn.init.zeros_(parameter)
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Hide transformers' table of weights that do not fit: a new head is expected, anything else is raised."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
+        path = resolve_model_path(model_args.model_name_or_path)
+        return get_task(model_args.task).load_model(path, id2label, source)
 
 
 def build_model(model_args: ModelArguments, method_args: MethodArguments, id2label: Mapping[int, str]) -> Classifier:
@@ -155,6 +105,7 @@ def build_model(model_args: ModelArguments, method_args: MethodArguments, id2lab
         ValueError: a field does not fit the model; the message names it.
         OSError: the model cannot be found.
     """
+    check_method(model_args.task, method_args.method)
     model = load_backbone(model_args, id2label)
     if METHODS[method_args.method].configure is not None:
         adapted: Any = apply_method(model, method_args.method, method_options(method_args))
@@ -171,6 +122,18 @@ def build_model(model_args: ModelArguments, method_args: MethodArguments, id2lab
         method_args.adapter_reduction,
     )
     return build_baseline(model, spec)
+
+
+def check_method(task: str, method: str) -> None:
+    """Check that a method makes sense for a task.
+
+    Raises:
+        ValueError: it does not; the message names those that do.
+    """
+    refused = get_task(task).refused_methods
+    if method in refused:
+        fitting = ", ".join(name for name in METHODS if name not in refused)
+        raise ValueError(f"method={method!r} is for classifiers, not for task={task!r}; choose one of {fitting}.")
 
 
 def build_baseline(model: PreTrainedModel, spec: BaselineSpec) -> PreTrainedModel:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from transformers import Trainer
 
@@ -58,7 +59,7 @@ def measure_step(trainer: Trainer, images: int = 8) -> StepCost:
             load_times.append(time.perf_counter() - start)
             _synchronize(trainer.args.device)
             start = time.perf_counter()
-            inputs = {name: value.to(trainer.args.device) for name, value in batch.items()}
+            inputs = send_to_device(batch, trainer.args.device)
             with SavedBytes(model.parameters()) as saved, trainer.compute_loss_context_manager():
                 loss = model(**inputs).loss
             loss.backward()

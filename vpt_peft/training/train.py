@@ -67,7 +67,7 @@ def train(arguments: Arguments, with_test: bool = True) -> dict[str, float]:
         splits["train"] = datasets.concatenate_datasets([splits["train"], splits.pop("validation")])
     classes = task.id2label(splits["train"])
     images = {name: len(split) for name, split in splits.items()}
-    processor = load_image_processor(model_args)
+    processor = task.prepare_processor(load_image_processor(model_args), data_args)
     rows = {
         name: split.with_transform(
             task.transform(processor, data_args.augmentation, train=name == "train", seed=training.seed)
@@ -80,7 +80,7 @@ def train(arguments: Arguments, with_test: bool = True) -> dict[str, float]:
     model = build_model(model_args, method, classes)
     counts = check_trainable(model, method.method)
     split_point = None
-    if method.cache_features and features_can_be_fed(training):
+    if method.cache_features and task.has_cached_features and features_can_be_fed(training):
         split_point = find_split_point(model, method, data_args.augmentation)
     start_prompts(task, model, rows["train"], method, training)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..heads import trained_modules
 from ..initialization import initialize_prompts
-from ..methods.structure import Classifier
+from ..methods.structure import Classifier, base_model
 from ..tasks import Task, get_task
 from ..tasks.base import DEFAULT_TASK
 from ..tuners import GatedVPTConfig, VPTConfig
@@ -112,6 +113,7 @@ def trainer_inputs(
         "eval_dataset": eval_dataset,
         "data_collator": task.collate,
         "compute_metrics": task.compute_metrics(),
+        "preprocess_logits_for_metrics": partial(task.measurable, base_model(model)),
     }
 
 
