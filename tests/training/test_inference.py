@@ -23,9 +23,10 @@ from vpt_peft.data.arguments import DataArguments
 from vpt_peft.data.images import DataError, find_images
 from vpt_peft.files import write_whole
 from vpt_peft.hub import push_adapter
+from vpt_peft.reporting.predictions import as_table
 from vpt_peft.tasks import get_task
 from vpt_peft.training.arguments import from_record
-from vpt_peft.training.evaluation import as_table, evaluate_model, predict_images
+from vpt_peft.training.evaluation import evaluate_model, predict_images
 from vpt_peft.training.inference import load_adapter_model, read_record
 
 

@@ -64,6 +64,7 @@ class Task(Protocol):
         best_metric: the metric that chooses the best weights.
         label_names: keys of the targets in a batch, as `TrainingArguments.label_names`.
         has_cached_features: an image is seen in one way where it is not augmented, and its targets are read without it.
+        finds_many: an image has any number of findings with a place, which can be drawn.
         refused_methods: methods of training that make no sense here.
         limits: what a card says such a model cannot do.
         example: code of a card that prints what `model` and `processor` make of `image`.
@@ -75,6 +76,7 @@ class Task(Protocol):
     best_metric: str
     label_names: tuple[str, ...]
     has_cached_features: bool
+    finds_many: bool
     refused_methods: tuple[str, ...]
     limits: str
     example: str
@@ -169,6 +171,7 @@ class Task(Protocol):
         images: Sequence[Image.Image],
         augmentation: str = "none",
         top_k: int | None = None,
+        threshold: float | None = None,
     ) -> list[list[dict[str, Any]]]:
         """Return what the model finds in each RGB image, the likeliest first, as plain values.
 
@@ -178,6 +181,17 @@ class Task(Protocol):
             images: one batch.
             augmentation: as in training; its evaluation form is used.
             top_k: most findings per image; default: all.
+            threshold: lowest score of a finding; default: the task's own.
+        """
+        ...
+
+    def draw(self, image: Image.Image, findings: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> Image.Image:
+        """Return an image with its findings drawn over it.
+
+        Args:
+            image: RGB.
+            findings: of `predict`.
+            names: the classes by number; a class has the same colour in every image.
         """
         ...
 

@@ -1,7 +1,4 @@
-"""Image classification: one class per image.
-
-Accuracy and macro-F1 are `evaluate` metrics over scikit-learn; they work offline, as no script is fetched.
-"""
+"""Image classification: one class per image."""
 
 from __future__ import annotations
 
@@ -11,15 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
-import evaluate
 import torch
 from PIL import Image
-from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
-    EvalPrediction,
     PreTrainedModel,
     ViTConfig,
     ViTForImageClassification,
@@ -32,6 +26,7 @@ from ..data.sources import read_source
 from ..data.splits import as_checked_images, choose_splits, divide, find_column
 from ..data.transforms import ImageTransform, build_transform
 from ..methods.structure import find_head
+from .accuracy import ClassificationMetrics
 from .base import DEFAULT_TASK, Metric
 from .loading import load_pretrained
 
@@ -41,91 +36,6 @@ logger = logging.getLogger(__name__)
 _IMAGE_NAMES = ("image", "img", "images", "picture", "photo")
 _LABEL_NAMES = ("label", "labels", "fine_label", "class", "target", "category")
 _LABEL_DTYPES = ("int", "uint", "string", "large_string", "bool")
-
-_CITATION = """\
-@article{scikit-learn,
-  title={Scikit-learn: Machine Learning in {P}ython},
-  author={Pedregosa, F. and Varoquaux, G. and Gramfort, A. and Michel, V. and Thirion, B. and Grisel, O. and others},
-  journal={Journal of Machine Learning Research},
-  volume={12},
-  pages={2825--2830},
-  year={2011}
-}"""
-_INPUTS = """
-Args:
-    predictions (list of int): predicted classes.
-    references (list of int): true classes.
-"""
-
-
-def _metric_info(description: str, page: str) -> evaluate.MetricInfo:
-    return evaluate.MetricInfo(
-        description=description,
-        citation=_CITATION,
-        inputs_description=_INPUTS,
-        features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}),
-        reference_urls=[f"https://scikit-learn.org/stable/modules/generated/sklearn.metrics.{page}.html"],
-    )
-
-
-class Accuracy(evaluate.Metric):
-    """Share of images whose predicted class is the true one, in [0, 1]."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return _metric_info("Share of images whose predicted class is the true one.", "accuracy_score")
-
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        return {"accuracy": float(accuracy_score(references, predictions))}
-
-
-class MacroF1(evaluate.Metric):
-    """Unweighted mean over the classes of F1 = 2 precision recall / (precision + recall), in [0, 1].
-
-    The mean runs over the classes that occur among references or predictions; a class that is never predicted, or
-    predicted but never true, counts with 0.
-    """
-
-    def _info(self) -> evaluate.MetricInfo:
-        return _metric_info("Unweighted mean of the F1 scores of the classes.", "f1_score")
-
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        return {"macro_f1": float(f1_score(references, predictions, average="macro", zero_division=0))}
-
-
-class ClassificationMetrics:
-    """Accuracy and macro-F1 of batches that come one by one, as `Trainer` wants them with `batch_eval_metrics`."""
-
-    def __init__(self) -> None:
-        self._metrics: list[evaluate.Metric] = [Accuracy(keep_in_memory=True), MacroF1(keep_in_memory=True)]
-
-    def __call__(self, eval_prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
-        """Add a batch; return the metrics of all batches since the last result, or {} before the last one.
-
-        Args:
-            eval_prediction: logits `(batch, classes)`, or a tuple that starts with them, and labels `(batch,)`.
-            compute_result: this batch is the last.
-
-        Raises:
-            ValueError: there is not one prediction per label.
-        """
-        logits, references = _first(eval_prediction.predictions), _first(eval_prediction.label_ids)
-        logits, references = torch.as_tensor(logits), torch.as_tensor(references)
-        if logits.ndim != 2 or references.shape != logits.shape[:1] or not len(references):
-            raise ValueError(
-                f"predictions of shape {tuple(logits.shape)} do not fit labels of shape {tuple(references.shape)}; "
-                "expected (images, classes) for (images,) labels, and at least one image."
-            )
-        predictions = logits.argmax(-1)
-        results: dict[str, float] = {}
-        for metric in self._metrics:
-            metric.add_batch(predictions=predictions.cpu().numpy(), references=references.cpu().numpy())
-            if compute_result:
-                results |= metric.compute() or {}
-        return results
-
-
-def _first(value: Any) -> Any:
-    return value[0] if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True)
@@ -151,6 +61,7 @@ class ImageClassification:
     higher_is_better = True
     label_names = ("labels",)
     has_cached_features = True
+    finds_many = False
     refused_methods = ()
     example = (
         'logits = model(**processor(images=image, return_tensors="pt")).logits\n'
@@ -286,6 +197,7 @@ class ImageClassification:
         images: Sequence[Image.Image],
         augmentation: str = "none",
         top_k: int | None = None,
+        threshold: float | None = None,
     ) -> list[list[dict[str, Any]]]:
         """Return [{"label", "probability"}, ...] for each RGB image, the likeliest first."""
         pixels = build_transform(image_processor, augmentation)({"image": list(images)})["pixel_values"]
@@ -294,9 +206,21 @@ class ImageClassification:
         best = logits.float().softmax(-1).topk(count if top_k is None else min(top_k, count))
         names = {int(index): name for index, name in model.config.id2label.items()}
         return [
-            [{"label": names[i], "probability": value} for i, value in zip(indices, values, strict=True)]
+            [
+                {"label": names[i], "probability": value}
+                for i, value in zip(indices, values, strict=True)
+                if threshold is None or value >= threshold
+            ]
             for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
+
+    def draw(self, image: Image.Image, findings: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> Image.Image:
+        """A class has no place in the image.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a class of the whole image cannot be drawn over it.")
 
 
 TASK = ImageClassification()

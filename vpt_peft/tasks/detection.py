@@ -23,12 +23,14 @@ from ..data.images import to_rgb
 from ..data.objects import object_classes
 from ..dense.boxes import centres, corners
 from ..dense.detector import ViTFCOSForObjectDetection
+from ..plots.overlay import draw_findings
 from .average_precision import METRICS, AveragePrecision
 from .loading import load_pretrained, quiet_loading
 
 
 # Findings of an image that count, as COCO has it
 MOST_FINDINGS = 100
+_THRESHOLD = 0.3
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -146,6 +148,7 @@ class ObjectDetection:
     higher_is_better = True
     label_names = ("labels",)
     has_cached_features = False
+    finds_many = True
     refused_methods = ("mlp", "sidetune")
     example = (
         "from vpt_peft.tasks import get_task\n"
@@ -253,7 +256,7 @@ class ObjectDetection:
         images: Sequence[Image.Image],
         augmentation: str = "none",
         top_k: int | None = None,
-        threshold: float = 0.3,
+        threshold: float | None = None,
     ) -> list[list[dict[str, Any]]]:
         """Return [{"label", "score", "xmin", "ymin", "xmax", "ymax"}, ...] in pixels for each RGB image, the best first."""
         canvas = Canvas(image_processor, *canvas_size(image_processor))
@@ -264,7 +267,7 @@ class ObjectDetection:
         names = {int(number): name for number, name in model.config.id2label.items()}
         rows = []
         for image, scores, classes, boxes in zip(images, *results, strict=True):
-            count = int((scores >= threshold).sum())
+            count = int((scores >= (_THRESHOLD if threshold is None else threshold)).sum())
             count = count if top_k is None else min(count, top_k)
             limit = boxes.new_tensor([image.width, image.height] * 2)
             sides = torch.minimum(boxes.clamp(min=0), limit)[:count].tolist()
@@ -277,6 +280,16 @@ class ObjectDetection:
                 ]
             )
         return rows
+
+    def draw(self, image: Image.Image, findings: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> Image.Image:
+        """Return the image with a box for each finding, in the colour of its class."""
+        numbers = {name: number for number, name in names.items()}
+        return draw_findings(
+            image,
+            [[found[side] for side in _SIDES] for found in findings],
+            [numbers[found["label"]] for found in findings],
+            [f"{found['label']} {found['score']:.2f}" for found in findings],
+        )
 
 
 TASK = ObjectDetection()

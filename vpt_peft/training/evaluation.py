@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pandas
 import torch
 from accelerate.utils import send_to_device
 from PIL import Image
@@ -88,10 +87,13 @@ def predict_images(
     batch_size: int = 32,
     augmentation: str = "none",
     task: Task | None = None,
+    threshold: float | None = None,
+    pictures: str | Path | None = None,
 ) -> list[dict[str, Any]]:
     """Predict image files to rows {"image", "predictions", "error"}; see `Task.predict` for the predictions.
 
-    A file that cannot be read gets a row without predictions and the reason as its error.
+    A file that cannot be read gets a row without predictions and the reason as its error. Where a task finds many
+    things in an image, rows have its "width" and "height" too.
 
     Args:
         model: a model for the task with label names in its config.
@@ -101,13 +103,21 @@ def predict_images(
         batch_size: images per forward pass; fewer of large ones, so that memory stays bounded.
         augmentation: as in training; its evaluation form decides between resizing and cropping.
         task: default: image classification.
+        threshold: lowest score of a prediction; None: the task's own.
+        pictures: folder for a PNG of each image with what was found in it; the row's "picture" is its path.
 
     Raises:
-        ValueError: top_k is below 1.
+        ValueError: top_k is below 1, threshold is not in [0, 1], or the task draws no pictures.
     """
     task = task or get_task()
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k} must be at least 1.")
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ValueError(f"threshold={threshold} must lie in 0..1.")
+    if pictures is not None and not task.finds_many:
+        raise ValueError(f"pictures={str(pictures)!r}: task={task.pipeline_tag!r} finds nothing that could be drawn.")
+    names = {int(number): name for number, name in (base_model(model).config.id2label or {}).items()}
+    drawn = Pictures(Path(pictures)) if pictures is not None else None
     model.eval()
     rows: list[dict[str, Any]] = []
     waiting: list[tuple[dict[str, Any], Image.Image]] = []
@@ -115,9 +125,13 @@ def predict_images(
     def predict_waiting() -> None:
         if waiting:
             images = [image for _, image in waiting]
-            found = task.predict(model, image_processor, images, augmentation, top_k)
-            for (row, _), predictions in zip(waiting, found, strict=True):
+            found = task.predict(model, image_processor, images, augmentation, top_k, threshold)
+            for (row, image), predictions in zip(waiting, found, strict=True):
                 row["predictions"] = predictions
+                if task.finds_many:
+                    row["width"], row["height"] = image.size
+                if drawn is not None:
+                    row["picture"] = str(drawn.save(task.draw(image, predictions, names), row["image"]))
             waiting.clear()
 
     for path in paths:
@@ -140,32 +154,22 @@ def _printable(path: str | Path) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def as_table(rows: Sequence[dict[str, Any]], kind: str) -> str:
-    """Return rows of `predict_images` as "json", or "csv" with columns image, label_1, probability_1, ..., error.
+class Pictures:
+    """A folder of PNGs named after the images they show; names that occur again are numbered.
 
-    Raises:
-        ValueError: another kind.
+    Args:
+        folder: made where it is missing.
     """
-    if kind == "json":
-        return json.dumps(list(rows), indent=2) + "\n"
-    if kind != "csv":
-        raise ValueError(f"format={kind!r} is unknown; choose csv or json.")
-    columns = ["image"]
-    for rank in range(max((len(row["predictions"]) for row in rows), default=0)):
-        names = next(row["predictions"][rank] for row in rows if len(row["predictions"]) > rank)
-        columns += [f"{name}_{rank + 1}" for name in names]
-    table = [
-        {
-            "image": row["image"],
-            "error": row["error"],
-            **{
-                f"{name}_{rank}": value
-                for rank, prediction in enumerate(row["predictions"], start=1)
-                for name, value in prediction.items()
-            },
-        }
-        for row in rows
-    ]
-    return pandas.DataFrame(table, columns=[*columns, "error"]).to_csv(
-        index=False, float_format="%.6f", lineterminator="\n"
-    )
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self._names = folder, Counter[str]()
+
+    def save(self, picture: Image.Image, path: str) -> Path:
+        """Write a picture of the image at `path`, and return where it is."""
+        stem = Path(path).stem
+        self._names[stem] += 1
+        number = f"-{self._names[stem]}" if self._names[stem] > 1 else ""
+        target = self.folder / f"{stem}{number}.png"
+        picture.save(target)
+        return target
