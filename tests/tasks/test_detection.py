@@ -66,7 +66,7 @@ def perfect(labels, exclusive=False):
 def measured(logits, boxes, labels):
     model = type("Model", (), {"config": type("Config", (), {"num_labels": 2})})
     tensors = TASK.measurable(model, ({"loss_box": torch.zeros(())}, logits, boxes, torch.zeros(2, 3, 8)), labels)
-    return EvalPrediction(*tensors), tensors
+    return EvalPrediction(tensors, labels), tensors
 
 
 @pytest.mark.parametrize("exclusive", [False, True])
