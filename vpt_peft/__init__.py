@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .attention_maps import attention_maps
-from .encoder import EncoderError
-from .initialization import initialize_prompts
-from .peft_model import extend_peft_model
-from .reallocation import reallocate_prompts
-from .tuners import GatedVPTConfig, GatedVPTModel, VPTConfig, VPTModel
 from .version import __version__
 
 
 if TYPE_CHECKING:
     from .training.trainer_inputs import training_recipe
 
-extend_peft_model()
+
+def _is_command() -> bool:
+    """Whether this process is `vpt-peft` or `python -m vpt_peft`."""
+    started = sys.orig_argv[1:3]
+    return started == ["-m", __name__] or Path(*started[:1]).stem == "vpt-peft"
+
+
+# The command registers what it needs when it runs, so that it can show its help without torch
+if not _is_command():
+    from .attention_maps import attention_maps
+    from .encoder import EncoderError
+    from .initialization import initialize_prompts
+    from .peft_model import extend_peft_model
+    from .reallocation import reallocate_prompts
+    from .tuners import GatedVPTConfig, GatedVPTModel, VPTConfig, VPTModel
+
+    extend_peft_model()
 
 __all__ = [
     "EncoderError",

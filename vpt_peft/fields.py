@@ -7,6 +7,10 @@ import math
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
+# What `bias` may list
+BIAS_PLACES = ("value", "output", "mlp", "norm")
+
+
 def check_fields(config: Any) -> None:
     """Check a dataclass's flags, choices and numbers against their type hints and the bounds in their metadata.
 

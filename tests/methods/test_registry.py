@@ -12,7 +12,8 @@ from transformers import HieraConfig, HieraForImageClassification
 from vpt_peft import GatedVPTConfig, VPTConfig
 from vpt_peft.cost import estimate_costs
 from vpt_peft.encoder import find_encoder
-from vpt_peft.methods import METHODS, PROMPT_METHODS, MethodOptions, apply_method
+from vpt_peft.methods import METHODS, PROMPT_METHODS, MethodOptions
+from vpt_peft.methods.apply import apply_method, configure
 from vpt_peft.training.arguments import train_parser
 from vpt_peft.training.recipes import recipe_defaults
 
@@ -35,15 +36,15 @@ def test_every_method_is_described_and_has_a_rate(name):
     method = METHODS[name]
     assert bool(method.source) == bool(method.url) == (f"[{method.source}]({method.url})" in method.markdown)
     assert method.markdown.startswith(method.title)
-    assert (method.configure is None) + (method.modify is None) == (2 if name == "full" else 1)
+    assert (not method.configure) + (not method.modify) == (2 if name == "full" else 1)
     assert recipe_defaults({"method": name})["learning_rate"] > 0
 
 
 def test_prompt_methods_are_those_with_a_prompt_configuration():
     options = MethodOptions(num_virtual_tokens=7, fields={"prompt_dropout": 0.25})
     found = {}
-    for name, method in METHODS.items():
-        config = method.configure and method.configure(vit(torch.float32), options, None)
+    for name in METHODS:
+        config = configure(vit(torch.float32), name, options)
         if isinstance(config, VPTConfig):
             found[name] = (type(config), config.deep, config.num_virtual_tokens, config.prompt_dropout)
     assert found == {
@@ -58,7 +59,7 @@ def test_lora_is_on_query_and_value_also_where_they_are_fused():
     stages = {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "num_query_pool": 1, "image_size": [32, 32]}
     hiera = HieraForImageClassification(HieraConfig(**stages, masked_unit_size=[8, 8]))
     for model, names in ((vit(torch.float32), {"q_proj", "v_proj"}), (hiera, {"qkv"})):
-        config = METHODS["lora"].configure(model, MethodOptions(lora_r=3), None)
+        config = configure(model, "lora", MethodOptions(lora_r=3))
         assert isinstance(config, LoraConfig) and config.target_modules == names
         assert (config.r, config.lora_alpha, config.modules_to_save) == (3, 6, ["classifier"])
 

@@ -17,7 +17,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Tr
 
 from vpt_peft import VPTConfig, training_recipe
 from vpt_peft.embedded import embedded_path
-from vpt_peft.methods import MethodOptions, apply_method
+from vpt_peft.methods import MethodOptions
+from vpt_peft.methods.apply import apply_method
 from vpt_peft.tasks.classification import TASK
 from vpt_peft.training.model import load_image_processor
 from vpt_peft.training.optim import split_trainable

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..reporting import markdown_table
+from ..methods.registry import METHODS
 
 
 if TYPE_CHECKING:
@@ -19,10 +19,6 @@ if TYPE_CHECKING:
 
 def run(argv: Sequence[str]) -> int:
     """Print what training costs, one row per method; only the configuration of the model is downloaded."""
-    from ..cost import OPTIMIZER_STATES, estimate_costs
-    from ..methods import METHODS
-    from ..methods.options import out_of_list
-
     parser = ArgumentParser(
         prog="vpt-peft cost",
         description="Estimate what training costs with each method: parameters, disk, FLOPs, memory, the largest batch.",
@@ -46,7 +42,7 @@ def run(argv: Sequence[str]) -> int:
         "--bf16", action="store_true", help="compute in bfloat16 (autocast); the weights keep their dtype"
     )
     parser.add_argument("--gradient_checkpointing", action="store_true", help="recompute blocks in the backward pass")
-    parser.add_argument("--optimizer", choices=tuple(OPTIMIZER_STATES), default="adamw", help="whose state counts")
+    parser.add_argument("--optimizer", default="adamw", help="whose state counts: adamw, sgd or none")
     parser.add_argument(
         "--memory_limit_gb", type=float, help="gigabytes (10^9) that training may use; default: what is available"
     )
@@ -58,6 +54,8 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--format", choices=("table", "json"), default="table", help="output format")
     parser.add_argument("--output_file", help="also write the estimates to this .json file")
     own = vars(parser.parse_args(list(argv)))
+    from ..cost import estimate_costs
+    from ..methods.options import out_of_list
 
     own["num_virtual_tokens"] = out_of_list(own["num_virtual_tokens"])
     rank, bias = own.pop("prompt_rank"), out_of_list(own.pop("bias"))
@@ -81,6 +79,10 @@ def run(argv: Sequence[str]) -> int:
 
 def as_table(estimates: Sequence[CostEstimate]) -> str:
     """Return the estimates as a markdown table, and what the columns mean."""
+    from psutil import Process
+
+    from ..reporting import markdown_table
+
     rows = [
         {
             "method": estimate.method,
@@ -97,8 +99,10 @@ def as_table(estimates: Sequence[CostEstimate]) -> str:
     first = estimates[0]
     return (
         f"{markdown_table(rows, left=['method'])}\n{first.dtype} weights, {first.batch_size} images a step; memory is "
-        "weights, optimizer state, images and the most a step adds; the largest batch fits "
-        f"{_size(first.memory_limit)} with room for what an allocator holds in fragments.\n"
+        "what PyTorch's allocator holds: weights, optimizer state, images and the most a step adds. The process takes "
+        f"more, as Python and its libraries do ({_size(Process().memory_info().rss)} here) and on a GPU the CUDA "
+        f"context. The largest batch fits {_size(first.memory_limit)} with room for what an allocator holds in "
+        "fragments.\n"
     )
 
 

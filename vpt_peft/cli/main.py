@@ -8,7 +8,10 @@ import os
 import sys
 from collections.abc import Sequence
 
+from ..version import __version__
 
+
+HELP_FLAGS = {"-h", "--help", "--help-all"}
 # name: (module with `run(argv) -> int`, what it does); modules are imported when their command is called
 COMMANDS = {
     "demo": ("vpt_peft.cli.demo", "train on embedded backbones and digits, offline, in two minutes"),
@@ -26,11 +29,25 @@ COMMANDS = {
 }
 
 
+def register() -> None:
+    """Make the methods known to PEFT.
+
+    PEFT and transformers import whatever backends of theirs are installed; what those say of themselves is not for the
+    user of a command.
+    """
+    logging.disable(logging.WARNING)
+    try:
+        from ..peft_model import extend_peft_model
+    finally:
+        logging.disable(logging.NOTSET)
+    extend_peft_model()
+
+
 def usage() -> str:
     """The list of commands."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {help_text}" for name, (_, help_text) in COMMANDS.items()]
-    head, foot = "usage: vpt-peft <command> [options]", "vpt-peft <command> --help shows its options."
+    head, foot = "usage: vpt-peft <command> [options]", "vpt-peft <command> --help shows its options; vpt-peft --version the version."
     return "\n".join([head, "", *lines, "", foot])
 
 
@@ -43,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage(), file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
+    if arguments == ["--version"]:
+        print(f"vpt-peft {__version__}")
+        return 0
     name, *rest = arguments
     if name not in COMMANDS:
         print(f"vpt-peft: unknown command {name!r}; choose one of {', '.join(COMMANDS)}.", file=sys.stderr)
@@ -50,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("vpt_peft").setLevel(logging.INFO)
     try:
+        if not HELP_FLAGS & set(rest):
+            register()
         return importlib.import_module(COMMANDS[name][0]).run(rest)
     except KeyboardInterrupt:
         hint = " Go on from the last checkpoint with --resume_from_checkpoint last." if name == "train" else ""

@@ -25,7 +25,6 @@ NEED_IMAGES = ("attention", "prompt_attention", "prompts")
 
 def run(argv: Sequence[str]) -> int:
     """Draw runs or an adapter to a picture and print its path."""
-    need_training()
     kinds = {**OF_RUNS, **OF_ADAPTERS}
     parser = ArgumentParser(
         prog="vpt-peft plot",
@@ -52,6 +51,7 @@ def run(argv: Sequence[str]) -> int:
         if getattr(own, name) and own.kind not in (NEED_IMAGES if name == "images" else ("attention",)):
             parser.error(f"--{name} has no effect with --kind {own.kind}; drop it.")
 
+    need_training()
     from ..plots import plot, save_figure
 
     output_file = own.output_file or f"{own.kind}.png"

@@ -12,7 +12,6 @@ from .options import add_adapter_options, need_training, prepare_output_file
 
 def run(argv: Sequence[str]) -> int:
     """Print (or write) one row per image: the likeliest predictions."""
-    need_training()
     parser = ArgumentParser(prog="vpt-peft predict", description="Predict images to a table.", allow_abbrev=False)
     add_adapter_options(parser)
     parser.add_argument("images", nargs="+", help="image files, or folders that are searched for images")
@@ -28,6 +27,7 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--output_file", help="write the table here instead of the terminal")
     own = parser.parse_args(list(argv))
+    need_training()
 
     from ..data.images import find_images
     from ..files import write_whole

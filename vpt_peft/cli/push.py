@@ -10,7 +10,6 @@ from .options import need_training
 
 def run(argv: Sequence[str]) -> int:
     """Upload a folder and print the commit's URL."""
-    need_training()
     parser = ArgumentParser(prog="vpt-peft push", description="Upload an adapter to the Hub.", allow_abbrev=False)
     parser.add_argument("folder", help="output folder of a training, or any PEFT adapter folder")
     parser.add_argument("repo_id", help="user/name on the Hub")
@@ -18,6 +17,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--revision", help="branch to commit to")
     parser.add_argument("--token", help="Hub token; default: HF_TOKEN or the stored login")
     own = parser.parse_args(list(argv))
+    need_training()
 
     from ..hub import push_adapter
 

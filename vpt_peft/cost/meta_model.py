@@ -13,7 +13,8 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import nn
 
 from ..encoder import EncoderSpec, submodule
-from ..methods import METHODS, MethodOptions, apply_method, attach
+from ..methods import MethodOptions
+from ..methods.apply import apply_method, attach, configure
 from ..tuners import VPTConfig
 from ..tuners.vpt.parameters import VPTParameters
 
@@ -36,8 +37,8 @@ def apply_to_meta_model(model: Any, spec: EncoderSpec, method: str | PeftConfig,
     if not isinstance(method, str):
         # PEFT writes into the configuration it is given
         config = copy.deepcopy(method)
-    elif (configure := METHODS[method].configure) is not None:
-        config = configure(model, options, spec)
+    elif (configured := configure(model, method, options, spec)) is not None:
+        config = configured
     else:
         return apply_method(model, method, options, spec)
     with warnings.catch_warnings():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .images import DataError
+from .errors import DataError
 
 
 @dataclass

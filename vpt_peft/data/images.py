@@ -15,6 +15,8 @@ from PIL import ExifTags, Image, ImageOps
 
 from ..files import open_regular
 
+from .errors import DataError
+
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 # What Pillow decodes by itself: others are run through programs (Ghostscript) or are containers of anything
@@ -24,10 +26,6 @@ MAX_IMAGE_BYTES = 2**30
 _STRIP_PIXELS = 2**22
 _WIDE_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
-
-
-class DataError(ValueError):
-    """The data cannot be used as it is; the message says what to change."""
 
 
 class DataNotFoundError(DataError, FileNotFoundError):

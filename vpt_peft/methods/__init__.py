@@ -1,7 +1,7 @@
 """The methods that adapt a frozen backbone: prompts, LoRA and the baselines of the papers, each built in one place."""
 
 from .options import MethodOptions
-from .registry import METHODS, PROMPT_METHODS, Method, apply_method, attach
+from .registry import METHODS, PROMPT_METHODS, Method
 
 
-__all__ = ["METHODS", "PROMPT_METHODS", "Method", "MethodOptions", "apply_method", "attach"]
+__all__ = ["METHODS", "PROMPT_METHODS", "Method", "MethodOptions"]

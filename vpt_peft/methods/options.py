@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..tuners.vpt.config import BIAS_PLACES
+from ..fields import BIAS_PLACES
 
 
 def out_of_list(given: Any) -> Any:

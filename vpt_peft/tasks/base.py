@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol
-
-import datasets
-from PIL import Image
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..data.arguments import DataArguments
+
+
+if TYPE_CHECKING:
+    import datasets
+    from PIL import Image
+    from transformers import PreTrainedModel
 
 
 DEFAULT_TASK = "image-classification"

@@ -17,11 +17,11 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..data.arguments import DataArguments
+from ..fields import BIAS_PLACES
 from ..methods import METHODS, PROMPT_METHODS
 from ..methods.options import out_of_list
 from ..tasks import get_task, task_names
 from ..tasks.base import DEFAULT_TASK
-from ..tuners.vpt.config import BIAS_PLACES
 from .recipes import recipe_defaults, scaled_learning_rate
 
 

@@ -54,7 +54,7 @@ def write_card(
     task = get_task(arguments.model.task)
     method, data, training = arguments.method, arguments.data, arguments.training
     folder = Path(training.output_dir or ".")
-    peft_tag = ["peft"] if METHODS[method.method].configure is not None else []
+    peft_tag = ["peft"] if METHODS[method.method].configure else []
     kept = "the weights of the last epoch are kept"
     if training.load_best_model_at_end:
         kept = f"the weights with the best validation {training.metric_for_best_model} are kept"

@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from ..embedded import EMBEDDED_FOLDERS, embedded_path
-from ..methods import METHODS, MethodOptions, apply_method
+from ..methods import METHODS, MethodOptions
+from ..methods.apply import apply_method
 from ..methods.structure import Classifier
 from ..tasks import get_task
 from .arguments import GATE_FIELDS, PROMPT_FIELDS, MethodArguments, ModelArguments
@@ -107,7 +108,7 @@ def build_model(model_args: ModelArguments, method_args: MethodArguments, id2lab
     """
     check_method(model_args.task, method_args.method)
     model = load_backbone(model_args, id2label)
-    if METHODS[method_args.method].configure is not None:
+    if METHODS[method_args.method].configure:
         adapted: Any = apply_method(model, method_args.method, method_options(method_args))
         # The package's own backbones lie at another path on every machine
         config = adapted.peft_config["default"]
@@ -180,7 +181,7 @@ def check_trainable(model: Classifier, method: str) -> ParameterCounts:
     prompts, head, rest = (sum(p.numel() for p in groups[name].values()) for name in ("prompts", "head", "rest"))
     if not head:
         raise RuntimeError(f"method={method!r}: the task head would not train.")
-    if METHODS[method].configure is not None:
+    if METHODS[method].configure:
         if groups["rest"]:
             raise RuntimeError(f"method={method!r} would also train {', '.join(list(groups['rest'])[:5])}.")
         if not prompts:

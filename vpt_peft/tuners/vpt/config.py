@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from peft import PeftConfig
 
-from vpt_peft.fields import check_choice, check_fields, check_int, refuse
+from vpt_peft.fields import BIAS_PLACES, check_choice, check_fields, check_int, refuse
 from vpt_peft.registration import add_peft_type
 
 
@@ -16,7 +16,6 @@ from vpt_peft.registration import add_peft_type
 MAX_VIRTUAL_TOKENS = 100_000
 
 PIXEL_LOCATIONS = ("prepend_pixel", "pad", "channel")
-BIAS_PLACES = ("value", "output", "mlp", "norm")
 
 
 @dataclass
