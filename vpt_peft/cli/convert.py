@@ -18,7 +18,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--source",
         default="auto",
-        help="where the checkpoint comes from: moco_v3, mae, dino, timm or jax; default: found by its names",
+        help="where the checkpoint comes from: moco_v3, mae, dino, timm or npz; default: found by its names",
     )
     parser.add_argument("--image_size", type=int, help="pixels a side, where the weights do not tell")
     parser.add_argument("--num_heads", type=int, help="attention heads, where the weights do not tell")

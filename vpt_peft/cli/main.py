@@ -47,7 +47,10 @@ def usage() -> str:
     """The list of commands."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {help_text}" for name, (_, help_text) in COMMANDS.items()]
-    head, foot = "usage: vpt-peft <command> [options]", "vpt-peft <command> --help shows its options; vpt-peft --version the version."
+    head, foot = (
+        "usage: vpt-peft <command> [options]",
+        "vpt-peft <command> --help shows its options; vpt-peft --version the version.",
+    )
     return "\n".join([head, "", *lines, "", foot])
 
 

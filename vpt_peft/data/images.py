@@ -14,7 +14,6 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from ..files import open_regular
-
 from .errors import DataError
 
 

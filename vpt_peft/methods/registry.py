@@ -57,7 +57,11 @@ METHODS: dict[str, Method] = {
     "vpt": Method("Visual Prompt Tuning, deep", *_VPT_PAPER, configure="vpt", flags=_PROMPT_FLAGS),
     "vpt_shallow": Method("Visual Prompt Tuning, shallow", *_VPT_PAPER, configure="vpt_shallow", flags=_PROMPT_FLAGS),
     "gated_vpt": Method(
-        "gated prompts", "Yoo et al., ICML 2023", "https://arxiv.org/abs/2306.05067", configure="vpt_gated", flags=(*_PROMPT_FLAGS, *GATE_FIELDS)
+        "gated prompts",
+        "Yoo et al., ICML 2023",
+        "https://arxiv.org/abs/2306.05067",
+        configure="vpt_gated",
+        flags=(*_PROMPT_FLAGS, *GATE_FIELDS),
     ),
     "linear": Method("a linear probe", modify="linear"),
     "full": Method("full fine-tuning"),
@@ -65,9 +69,17 @@ METHODS: dict[str, Method] = {
     "mlp": Method("an MLP head on frozen features", modify="mlp", flags=("mlp_layers",)),
     "bias": Method("bias tuning", "Ben Zaken et al., ACL 2022", "https://arxiv.org/abs/2106.10199", modify="bias"),
     "adapter": Method(
-        "bottleneck adapters", "Houlsby et al., ICML 2019", "https://arxiv.org/abs/1902.00751", modify="adapter", flags=("adapter_reduction",)
+        "bottleneck adapters",
+        "Houlsby et al., ICML 2019",
+        "https://arxiv.org/abs/1902.00751",
+        modify="adapter",
+        flags=("adapter_reduction",),
     ),
-    "sidetune": Method("side-tuning", "Zhang et al., ECCV 2020", "https://arxiv.org/abs/1912.13503", modify="sidetune"),
-    "lora": Method("LoRA", "Hu et al., ICLR 2022", "https://arxiv.org/abs/2106.09685", configure="lora", flags=("lora_r", *_ADDED)),
+    "sidetune": Method(
+        "side-tuning", "Zhang et al., ECCV 2020", "https://arxiv.org/abs/1912.13503", modify="sidetune"
+    ),
+    "lora": Method(
+        "LoRA", "Hu et al., ICLR 2022", "https://arxiv.org/abs/2106.09685", configure="lora", flags=("lora_r", *_ADDED)
+    ),
 }
 PROMPT_METHODS = ("vpt", "vpt_shallow", "gated_vpt")
