@@ -117,9 +117,9 @@ class AttentionExtras:
         if self.keys is not None and self.values is not None:
             key = torch.cat([grouped(self.keys, key), key], dim=-2)
             value = torch.cat([grouped(self.values, value), value], dim=-2)
-        hidden = self.hidden_columns(keys, query)
-        if hidden is None:
+        if self.mask is None and self.inserted_mask is None:
             return query, key, value, mask
+        hidden: Any = self.hidden_columns(keys, query)
         if mask is None:
             return query, key, value, hidden.expand(*query.shape[:-1], -1)
         if not isinstance(mask, torch.Tensor) or mask.dim() != query.dim():
@@ -198,9 +198,10 @@ def grouped(prompts: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     `like` is `(rows, heads, tokens, head_dim)`, `(rows · heads, tokens, head_dim)` or
     `(rows, heads, windows, tokens, head_dim)`.
     """
+    prompts = prompts if prompts.dtype == like.dtype else prompts.to(like.dtype)
     if like.dim() == 3:
-        return over_rows(prompts, like.shape[0] // prompts.shape[1]).flatten(0, 1).to(like.dtype)
-    prompts = over_rows(prompts, like.shape[0]).to(like.dtype)
+        return over_rows(prompts, like.shape[0] // prompts.shape[1]).flatten(0, 1)
+    prompts = over_rows(prompts, like.shape[0])
     return prompts if like.dim() == 4 else prompts.unsqueeze(2).expand(-1, -1, like.shape[2], -1, -1)
 
 

@@ -136,6 +136,10 @@ class EncoderSpec:
 
 def submodule(root: Any, path: str) -> Any:
     """The module at a dotted path, looked up at each call so that wrappers added later are found."""
+    # Most paths are one name, and blocks look up several in each pass
+    found = root._modules.get(path)
+    if found is not None:
+        return found
     for name in path.split(".") if path else ():
         child = root._modules.get(name)
         root = getattr(root, name) if child is None else child

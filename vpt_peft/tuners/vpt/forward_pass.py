@@ -129,8 +129,7 @@ class ForwardPass:
     def block_pass(self, index: int) -> BlockPass:
         """The part of this pass in block `index`, begun where it has not been."""
         if self.block is None or self.block.index != index:
-            layouts = ((adapter, adapter.layout[index]) for adapter in self.adapters)
-            prompts = [(adapter, layout) for adapter, layout in layouts if layout is not None]
+            prompts = [(each, layout) for each in self.adapters if (layout := each.layout[index]) is not None]
             self.block, self.states = BlockPass(index, prompts, self.mixed, self.states), {}
         return self.block
 

@@ -131,8 +131,9 @@ class VPTLayer(nn.Module, PromptTunerLayer):
 
     def enter(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Bring prompts into the block's input; `None` where it stays as it is."""
-        running = self._running()
-        if running is not current_pass(self.owner):
+        running = current_pass(self.owner)
+        if running is None:
+            running = self.owner.begin_pass()
             running.is_of_block = True
             begin_pass(running)
         here, mixed, argument = running.block_pass(self.index), running.mixed, self.spec.argument
@@ -286,7 +287,9 @@ class VPTLayer(nn.Module, PromptTunerLayer):
             extras.queries = project(self.block, spec, tokens.join(beside, dim=1), "query")[0]
         if here.padding is not None:
             extras.inserted_mask = additive(here.padding, like.dtype)
-        if pairs and here.mixed is None:
+        if len(pairs) == 1 and here.mixed is None:
+            ((extras.keys, extras.values),) = pairs.values()
+        elif pairs and here.mixed is None:
             extras.keys, extras.values = (tokens.join(parts) for parts in zip(*pairs.values(), strict=True))
         elif pairs and here.mixed is not None:
             extras.keys, padding = spread_heads(here.mixed, {name: pair[0] for name, pair in pairs.items()})
