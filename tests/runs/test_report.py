@@ -78,21 +78,18 @@ def test_a_suite_has_both_means_and_published_rows_apart(comparison, tmp_path):
     assert difference[0][:2] == ["linear", "-10.00"] and difference[0][-1] == "19"
 
 
-def test_choices_at_the_edge_are_told(comparison, tmp_path):
-    space = {
-        "num_train_epochs": [10.0, 20.0, 40.0],
-        "learning_rate": Range(1e-3, 1e-1, False),
-        "init_method": ["a", "b"],
+def test_training_that_may_not_have_converged_is_told(comparison):
+    comparison.spaces = {
+        "vpt": {"num_train_epochs": [40.0, 10.0], "weight_decay": [0.1]},
+        "linear": {"num_train_epochs": Range(5.0, 20.0, True)},
+        "bias": {"weight_decay": [0.1]},
     }
-    comparison.spaces = {"vpt": space, "linear": space}
-    chosen = {"num_train_epochs": 40.0, "learning_rate": 0.05, "init_method": "b"}
-    comparison._chosen |= {
-        ("vpt", "cifar"): chosen,
-        ("vpt", "kitti"): {"num_train_epochs": 40.0},
-        ("linear", "dtd"): {},
-    }
+    comparison._chosen |= {("vpt", name): {"num_train_epochs": 40.0} for name in ("cifar", "kitti")}
+    comparison._chosen |= {("vpt", "dtd"): {"num_train_epochs": 10.0}, ("linear", "dtd"): {"num_train_epochs": 19}}
+    comparison._chosen |= {("bias", "dtd"): {"weight_decay": 0.1}, ("linear", "kitti"): {}}
     text, _ = report(comparison, searched=False)
-    assert "searched, so that more (or less) may do better:\n\n- vpt: num_train_epochs=40 on cifar, kitti\n\n" in text
+    assert "vpt chose the most epochs searched on cifar, kitti; more may do better.\n" in text
+    assert text.count("most epochs") == 1
 
 
 def test_metrics_that_are_no_shares_have_no_ppt():

@@ -7,8 +7,10 @@ import time
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file
 
+from vpt_peft import VPTConfig
 from vpt_peft.tasks.classification import TASK
 from vpt_peft.training.feature_cache import CachedFeatures, FeatureCache
 from vpt_peft.training.features import FEATURES, CachedForward, find_split_point
@@ -93,6 +95,15 @@ def test_what_a_trainable_parameter_lies_in_decides(start, make_arguments):
     assert find_split_point(model, method, "none").name == "block 1"
     model.vit.embeddings.cls_token.requires_grad_(True)
     assert find_split_point(model, method, "none") is None
+
+
+def test_biases_that_train_in_all_blocks_leave_nothing_to_cache(start, make_arguments):
+    _, split_point = start(**LATE)
+    assert split_point.name == "block 1"
+    arguments = make_arguments(**LATE)
+    base = build_model(make_arguments(method="full").model, make_arguments(method="full").method, {0: "a", 1: "b"})
+    model = get_peft_model(base, VPTConfig(layers_to_transform=[1, 2], bias=["value"]))
+    assert find_split_point(model, arguments.method, "none") is None
 
 
 @pytest.mark.parametrize("flags", [{"cache_features": False}, {"gradient_checkpointing": True}], ids=str)

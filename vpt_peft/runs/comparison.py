@@ -198,19 +198,14 @@ class Comparison:
         """Return the settings that the search chose, or None where every trial failed or nothing was searched."""
         return self._chosen.get((row, data))
 
-    def at_the_edge(self) -> dict[tuple[str, str], list[str]]:
-        """Return, by row and flag, the data sets whose choice is the largest or smallest number that was searched.
-
-        Something beyond may be better still; with the most epochs, training may not have converged.
-        """
-        found: dict[tuple[str, str], list[str]] = {}
+    def longest_chosen(self) -> dict[str, list[str]]:
+        """Return the data sets on which a row chose the most epochs searched: training may not have converged."""
+        found: dict[str, list[str]] = {}
         for (row, data), settings in self._chosen.items():
-            for name, value in settings.items():
-                axis = self.spaces[row][name]
-                ends = (axis.low, axis.high) if isinstance(axis, Range) else (axis[0], axis[-1])
-                numbers = [end for end in ends if isinstance(end, int | float) and not isinstance(end, bool)]
-                if value in numbers and len(set(numbers)) > 1:
-                    found.setdefault((row, f"{name}={value:g}"), []).append(data)
+            axis = self.spaces[row].get("num_train_epochs", [])
+            most = axis.high if isinstance(axis, Range) else max(axis, default=0)
+            if settings.get("num_train_epochs", 0) == most > 0:
+                found.setdefault(row, []).append(data)
         return found
 
     def ranked(self, row: str, data: str) -> list[dict[str, Any]]:

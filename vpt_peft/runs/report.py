@@ -42,13 +42,10 @@ def report(comparison: Comparison, searched: bool) -> tuple[str, bool]:
         for pair in comparison.pairs:
             if (best := comparison.chosen(*pair)) is not None:
                 parts.append(f"Best on {pair[1]}: {describe(best)}\n")
-    edges = [
-        f"- {row}: {setting} on {', '.join(names)}\n" for (row, setting), names in comparison.at_the_edge().items()
+    parts += [
+        f"{row} chose the most epochs searched on {', '.join(names)}; more may do better.\n"
+        for row, names in comparison.longest_chosen().items()
     ]
-    if edges:
-        parts.append(
-            "Chosen at the edge of what was searched, so that more (or less) may do better:\n\n" + "".join(edges)
-        )
     failures = results[(results["error"] != "")]
     parts += [
         f"{row['row']} on {row['data']} failed with {describe(row['settings'])}: {row['error'].split('. ')[0]}\n"
