@@ -83,13 +83,9 @@ class Study:
         return self.trials if isinstance(self.trials, int) else len(self.trials)
 
     def _kept(self) -> dict[int, Any]:
-        """What the journal holds of each trial; of one that was begun twice, what ended."""
-        kept: dict[int, Any] = {}
-        for trial in self._study.get_trials(deepcopy=False):
-            number = trial.user_attrs.get(_NUMBER)
-            if number is not None and (number not in kept or trial.state.is_finished()):
-                kept[number] = trial
-        return kept
+        """What the journal holds of the trials that have begun, by number."""
+        trials = self._study.get_trials(deepcopy=False)
+        return {trial.user_attrs[_NUMBER]: trial for trial in trials if _NUMBER in trial.user_attrs}
 
     def ended(self) -> dict[int, dict[str, Any]]:
         """Return the settings of the trials that have ended, by number."""
