@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vpt_peft.files import write_whole
-from vpt_peft.training.output import claim_output_dir, full_disk_explained, last_checkpoint
+from vpt_peft.training.output import claim_output_dir, full_disk_explained
+from vpt_peft.training.resume import last_checkpoint
 
 
 pytest_plugins = ["training_fixtures"]
@@ -25,7 +26,8 @@ def test_a_second_run_leaves_the_first_alone(run, copied, make_arguments, given)
     if not given:
         for path in (out / "all_results.json", out / "vpt_peft_baseline.json", *out.glob("checkpoint-*/*")):
             path.unlink()
-    with claim_output_dir(make_arguments(method="linear", resume_from_checkpoint="last").training, {"mine": 1}):
+    training = make_arguments(method="linear", overwrite_output_dir=True).training
+    with claim_output_dir(training, {"mine": 1}, out / "checkpoint-1"):
         before = content(out)
         with pytest.raises(FileExistsError, match="another run is writing to it"):
             run(method="linear", **given)

@@ -17,7 +17,8 @@ from vpt_peft.data.arguments import DataArguments
 from vpt_peft.training.arguments import from_record, parse_args
 from vpt_peft.training.evaluation import evaluate_model
 from vpt_peft.training.inference import load_adapter_model, read_record
-from vpt_peft.training.output import last_checkpoint, prepare_output_dir
+from vpt_peft.training.output import prepare_output_dir
+from vpt_peft.training.resume import last_checkpoint
 from vpt_peft.training.train import train
 from vpt_peft.training.trainer import TrainingDiverged, VPTTrainer
 
@@ -208,13 +209,13 @@ def test_earlier_results_need_a_flag(run, copied):
 )
 def test_nothing_to_resume_from(make_arguments, wanted, message):
     with pytest.raises(FileNotFoundError, match=message):
-        prepare_output_dir(make_arguments(resume_from_checkpoint=wanted).training)
+        prepare_output_dir(make_arguments(resume_from_checkpoint=wanted).training, {})
 
 
 def test_output_dir_that_is_a_file(make_arguments, tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(NotADirectoryError, match="is a file"):
-        prepare_output_dir(make_arguments().training)
+        prepare_output_dir(make_arguments().training, {})
 
 
 def test_full_disk_leaves_the_old_adapter_whole(run, copied, monkeypatch):

@@ -18,7 +18,7 @@ from accelerate import PartialState
 from ..data.images import DataError
 from ..files import RUN_RECORD
 from ..training.arguments import Arguments
-from ..training.output import last_checkpoint
+from ..training.resume import last_checkpoint
 from ..training.train import train
 from ..training.trainer import TrainingDiverged
 from .results import Memory, Place, make_result, measure_memory, read_result, result_path, write_result

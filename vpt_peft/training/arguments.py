@@ -25,6 +25,7 @@ from ..tasks.base import DEFAULT_TASK
 from .recipes import recipe_defaults, scaled_learning_rate
 
 
+_SECRETS = ("token", "hub_token")
 # Neither secrets nor where this run writes belong in the record of a run
 _NOT_RECORDED = ("token", "hub_token", "output_dir", "resume_from_checkpoint", "overwrite_output_dir")
 
@@ -226,6 +227,10 @@ class VPTTrainingArguments(TrainingArguments):
                 f"report_to={names!r} needs a package that is not installed; pip install it, or use 'none'."
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Checkpoints hold the arguments, and may be uploaded
+        return {**self.__dict__, "hub_token": None}
+
     def _check_values(self) -> None:
         """Refuse what transformers would find out after minutes of work, or never."""
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
@@ -284,6 +289,8 @@ def parse_args(argv: Sequence[str] | Mapping[str, Any]) -> Arguments:
     if "-h" in tokens or "--help" in tokens:
         parser.print_help()
         raise SystemExit(0)
+    if not isinstance(argv, Mapping):
+        refuse_secrets(argv)
     given = vars(parser.without_defaults().parse_args(tokens))
     given |= {name: out_of_list(given[name]) for name in ("num_virtual_tokens", "bias") if name in given}
     given |= recipe_defaults(given)
@@ -303,6 +310,20 @@ def parse_args(argv: Sequence[str] | Mapping[str, Any]) -> Arguments:
         images = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
         training.learning_rate = scaled_learning_rate(method.base_learning_rate, images)
     return Arguments(model, data, method, training, given)
+
+
+def refuse_secrets(argv: Sequence[str]) -> None:
+    """Refuse tokens on the command line, which every list of processes shows.
+
+    Raises:
+        ValueError: there is one; it is not repeated.
+    """
+    for name in _SECRETS:
+        if any(flag == f"--{name}" or flag.startswith(f"--{name}=") for flag in argv):
+            raise ValueError(
+                f"--{name}: other users of this machine can read a token on the command line; log in once (hf auth "
+                "login), or set HF_TOKEN in the environment. Take the token back if it was a real one."
+            )
 
 
 def _task_defaults(given: Mapping[str, Any]) -> dict[str, Any]:

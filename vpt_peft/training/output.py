@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -11,50 +11,39 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError
 
 from ..files import RUN_RECORD, write_json
 from .arguments import VPTTrainingArguments
+from .resume import checkpoints_of, damage, find_resume_point, last_checkpoint
 
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # Of safetensors, then of torch.save
 _WRITE_SIGNS = ("Error while serializing", "PytorchStreamWriter", "file write failed", "unexpected pos")
 _LOCK = ".lock"
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# As `files.write_whole` names them
+_SCRATCH = re.compile(r"\..+\.\d+")
 # Without one of these a folder of ours holds nothing that could be lost
 _RESULTS = ("adapter_model.safetensors", "vpt_peft_baseline.json", "all_results.json")
 
 
-def last_checkpoint(folder: str | Path) -> Path | None:
-    """Return the newest complete checkpoint of a run.
-
-    transformers' `get_last_checkpoint` would return one whose writing broke off; that one lacks a readable
-    trainer_state.json, which is written last.
-    """
-    complete = []
-    for path in Path(folder).glob("checkpoint-*"):
-        match = _CHECKPOINT.fullmatch(path.name)
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if match:
-            complete.append((int(match.group(1)), path))
-    return max(complete)[1] if complete else None
-
-
-def prepare_output_dir(training: VPTTrainingArguments) -> Path | None:
+def prepare_output_dir(training: VPTTrainingArguments, record: Mapping[str, Any]) -> Path | None:
     """Check the output folder before anything is computed; return the checkpoint to resume from, or None.
 
-    Nothing is written or removed yet; `claim_output_dir` does that. `resume_from_checkpoint` may be a folder, or
-    "true" / "last" for the newest complete checkpoint in output_dir.
+    Nothing is written or removed yet; `claim_output_dir` does that. `resume_from_checkpoint` may be a folder, "true" or
+    "last" for the newest whole checkpoint in output_dir, or "auto" for the same or, without one, a start.
+
+    Args:
+        training: where the run writes, and what it resumes from.
+        record: all arguments of the run.
 
     Raises:
         FileExistsError: output_dir holds files that are not ours, or results while neither resuming nor overwriting.
         FileNotFoundError: there is nothing to resume from.
         NotADirectoryError: output_dir is a file.
+        ValueError: the checkpoint is damaged, or of a run with other arguments.
     """
     folder = Path(training.output_dir or ".")
     if folder.exists() and not folder.is_dir():
@@ -65,25 +54,40 @@ def prepare_output_dir(training: VPTTrainingArguments) -> Path | None:
             f"output_dir={str(folder)!r} holds files that no run of vpt-peft wrote; give an empty or another folder."
         )
     if training.resume_from_checkpoint is not None:
-        return _resume_point(folder, training.resume_from_checkpoint)
-    taken = last_checkpoint(folder) or next((folder / name for name in _RESULTS if (folder / name).exists()), None)
+        checkpoint = find_resume_point(folder, training.resume_from_checkpoint, record, training)
+        if checkpoint is not None:
+            return checkpoint
+    _refuse_results(training)
+    return None
+
+
+def _refuse_results(training: VPTTrainingArguments) -> None:
+    folder = Path(training.output_dir or ".")
+    taken = next((folder / name for name in _RESULTS if (folder / name).exists()), None) or last_checkpoint(folder)
     if taken is not None and not training.overwrite_output_dir:
         raise FileExistsError(
             f"output_dir={str(folder)!r} holds the results of an earlier run ({taken.name}); add "
             "--resume_from_checkpoint last to continue it, --overwrite_output_dir to replace it, or give another "
             "folder."
         )
-    return None
 
 
 @contextmanager
-def claim_output_dir(training: VPTTrainingArguments, record: Mapping[str, Any]) -> Iterator[Path]:
+def claim_output_dir(
+    training: VPTTrainingArguments, record: Mapping[str, Any], checkpoint: Path | None = None
+) -> Iterator[Path]:
     """Make the output folder this run's: no other can write to it in the block, and `record` is in it.
 
-    Unless the run resumes, checkpoints of an earlier run go, as they would be taken for this run's.
+    What runs that were killed left half-written goes. Unless the run resumes, checkpoints of an earlier run go too, as
+    they would be taken for this run's.
+
+    Args:
+        training: where the run writes.
+        record: all arguments of the run.
+        checkpoint: what it resumes from.
 
     Raises:
-        FileExistsError: another run is writing to the folder.
+        FileExistsError: another run is writing to the folder, or has finished there meanwhile.
         OSError: the folder cannot be written to.
     """
     folder = Path(training.output_dir or ".")
@@ -92,36 +96,45 @@ def claim_output_dir(training: VPTTrainingArguments, record: Mapping[str, Any]) 
     lock = FileLock(folder / _LOCK, timeout=0)
     try:
         lock.acquire()
+        # Whoever held it before may have removed the file after it was opened here
+        if not _is_at_its_place(lock):
+            lock.release()
+            raise Timeout(lock.lock_file)
     except Timeout:
         raise FileExistsError(
             f"output_dir={str(folder)!r}: another run is writing to it; wait for it, or give another folder."
         ) from None
     try:
-        if training.resume_from_checkpoint is None:
-            for path in folder.glob("checkpoint-*"):
-                if _CHECKPOINT.fullmatch(path.name):
-                    shutil.rmtree(path)
-        write_json(folder / RUN_RECORD, record)
+        if checkpoint is None:
+            _refuse_results(training)
+        _remove_leftovers(folder)
+        for path in checkpoints_of(folder):
+            if checkpoint is None or damage(path) is not None:
+                shutil.rmtree(path)
+        # A resumed run goes on as it was begun
+        if checkpoint is None or checkpoint.absolute().parent != folder.absolute():
+            write_json(folder / RUN_RECORD, record)
         yield folder
     finally:
         (folder / _LOCK).unlink(missing_ok=True)
         lock.release()
 
 
-def _resume_point(folder: Path, wanted: str) -> Path:
-    if wanted.lower() in ("true", "last", "auto"):
-        checkpoint = last_checkpoint(folder)
-        if checkpoint is None:
-            raise FileNotFoundError(
-                f"output_dir={str(folder)!r} holds no complete checkpoint; leave out resume_from_checkpoint to start."
-            )
-        return checkpoint
-    if not (Path(wanted) / "trainer_state.json").is_file():
-        raise FileNotFoundError(
-            f"resume_from_checkpoint={wanted!r} is not a complete checkpoint (no trainer_state.json); give a "
-            "checkpoint-* folder, or 'last' for the newest one in output_dir."
-        )
-    return Path(wanted)
+def _is_at_its_place(lock: BaseFileLock) -> bool:
+    try:
+        held, there = os.fstat(lock._context.lock_file_fd or 0), os.stat(lock.lock_file)
+    except OSError:
+        return False
+    return (held.st_dev, held.st_ino) == (there.st_dev, there.st_ino)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove scratch folders and files of writes that broke off."""
+    for path in folder.glob(".saving-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(".*.*"):
+        if _SCRATCH.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

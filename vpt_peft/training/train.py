@@ -23,9 +23,10 @@ from .facts import write_card
 from .feature_cache import FeatureCache, FeaturesTooLarge, default_cache_dir
 from .features import FEATURES, CachedForward, SplitPoint, find_split_point
 from .model import build_model, check_trainable, load_image_processor, resolve_model_path
-from .output import claim_output_dir, full_disk_explained, last_checkpoint, prepare_output_dir
+from .output import claim_output_dir, full_disk_explained, prepare_output_dir
 from .probe import fit_head, layer_to_fit
 from .report import describe_run, expected_bytes, measure_step
+from .resume import last_checkpoint
 from .trainer import TrainingDiverged, VPTTrainer
 from .trainer_inputs import start_prompts, trainer_inputs
 
@@ -51,11 +52,12 @@ def train(arguments: Arguments, with_test: bool = True) -> dict[str, float]:
     """
     model_args, data_args, method, training, _ = arguments
     task, state = get_task(model_args.task), PartialState()
-    checkpoint = prepare_output_dir(training) if state.is_main_process else None
+    record = arguments.record()
+    checkpoint = prepare_output_dir(training, record) if state.is_main_process else None
     # Every process resumes from what the main one found, before anything new is written
     state.wait_for_everyone()
     if not state.is_main_process and training.resume_from_checkpoint is not None:
-        checkpoint = prepare_output_dir(training)
+        checkpoint = prepare_output_dir(training, record)
 
     # Data
     set_seed(training.seed)
@@ -87,7 +89,7 @@ def train(arguments: Arguments, with_test: bool = True) -> dict[str, float]:
     output_dir = Path(training.output_dir or ".")
     with contextlib.ExitStack() as stack:
         if state.is_main_process:
-            stack.enter_context(claim_output_dir(training, arguments.record()))
+            stack.enter_context(claim_output_dir(training, record, checkpoint))
         stack.enter_context(full_disk_explained(output_dir))
         inputs: dict[str, Any] = dict(rows)
         if split_point is not None:
@@ -141,10 +143,9 @@ def train(arguments: Arguments, with_test: bool = True) -> dict[str, float]:
                 trainer.save_metrics(prefix, found)
                 metrics |= found
         trainer.save_state()
-
-    if trainer.is_world_process_zero():
-        model_class = type(base_model(trained)).__name__
-        write_card(arguments, counts, metrics, classes, images, processor, model_class, saved_bytes)
+        if trainer.is_world_process_zero():
+            model_class = type(base_model(trained)).__name__
+            write_card(arguments, counts, metrics, classes, images, processor, model_class, saved_bytes)
     return metrics
 
 
