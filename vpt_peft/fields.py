@@ -11,6 +11,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 BIAS_PLACES = ("value", "output", "mlp", "norm")
 
 
+def option(default: Any, help_text: str, **bounds: Any) -> Any:
+    """A dataclass field with its help text and, for [`check_fields`], the bounds of its numbers."""
+    return dataclasses.field(default=default, metadata={"help": help_text, **bounds})
+
+
 def check_fields(config: Any) -> None:
     """Check a dataclass's flags, choices and numbers against their type hints and the bounds in their metadata.
 

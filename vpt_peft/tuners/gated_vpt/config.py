@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from vpt_peft.fields import refuse
+from vpt_peft.fields import option, refuse
 from vpt_peft.registration import add_peft_type
 from vpt_peft.tuners.vpt.config import VPTConfig
 
@@ -22,20 +22,15 @@ class GatedVPTConfig(VPTConfig):
         ValueError: A value is out of range, or a combination of fields has no meaning.
     """
 
-    deep: bool = field(default=False, metadata={"help": "Always False: one set of prompts enters at the first block."})
-    gate: Literal["scalar", "elementwise", "none"] = field(
-        default="scalar",
-        metadata={"help": "One scalar per block; a linear-sigmoid gate with residual; or no gate."},
+    deep: bool = option(False, "Always False: one set of prompts enters at the first block.")
+    gate: Literal["scalar", "elementwise", "none"] = option(
+        "scalar", "One scalar per block; a linear-sigmoid gate with residual; or no gate."
     )
-    gate_init: float = field(
-        default=5.0, metadata={"help": "The papers' number: the gate's logit starts at MINUS this, nearly closed."}
-    )
-    num_gates: int | None = field(
-        default=None, metadata={"help": "The first so many blocks are gated; None: all but the last.", "least": 0}
-    )
-    attention_temperature: bool = field(default=True, metadata={"help": "One learnable temperature per block."})
-    temperature_min: float = field(default=0.01, metadata={"help": "Lower clamp of the temperatures."})
-    temperature_max: float = field(default=10.0, metadata={"help": "Upper clamp of the temperatures."})
+    gate_init: float = option(5.0, "The papers' number: the gate's logit starts at MINUS this, nearly closed.")
+    num_gates: int | None = option(None, "The first so many blocks are gated; None: all but the last.", least=0)
+    attention_temperature: bool = option(True, "One learnable temperature per block.")
+    temperature_min: float = option(0.01, "Lower clamp of the temperatures.")
+    temperature_max: float = option(10.0, "Upper clamp of the temperatures.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

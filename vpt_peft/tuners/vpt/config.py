@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from peft import PeftConfig
 
-from vpt_peft.fields import BIAS_PLACES, check_choice, check_fields, check_int, refuse
+from vpt_peft.fields import BIAS_PLACES, check_choice, check_fields, check_int, option, refuse
 from vpt_peft.registration import add_peft_type
 
 
@@ -30,110 +30,76 @@ class VPTConfig(PeftConfig):
         ValueError: A value is out of range, or a combination of fields has no meaning.
     """
 
-    num_virtual_tokens: int | list[int] = field(
-        default=10,
-        metadata={"help": "Prompts per prompted block, a list gives each its own number; for 'pad' the width of the "
-                          "frame in pixels, for 'channel' the number of extra input channels.", "least": 1, "most": MAX_VIRTUAL_TOKENS},
-    )  # fmt: skip
-    deep: bool = field(
-        default=True, metadata={"help": "Every block has prompts of its own (VPT-deep), or only the first (shallow)."}
+    num_virtual_tokens: int | list[int] = option(
+        10,
+        "Prompts per prompted block, a list gives each its own number; for 'pad' the width of the frame in pixels, "
+        "for 'channel' the number of extra input channels.",
+        least=1,
+        most=MAX_VIRTUAL_TOKENS,
     )
-    layers_to_transform: list[int] | int | None = field(
-        default=None,
-        metadata={"help": "The blocks with prompts of their own, 0-based; None: all if deep, else the first."},
+    deep: bool = option(True, "Every block has prompts of its own (VPT-deep), or only the first (shallow).")
+    layers_to_transform: list[int] | int | None = option(
+        None, "The blocks with prompts of their own, 0-based; None: all if deep, else the first."
     )
-    layers_from_end: bool = field(
-        default=False, metadata={"help": "`layers_to_transform` counts from the end: 0 is the last block."}
+    layers_from_end: bool = option(False, "`layers_to_transform` counts from the end: 0 is the last block.")
+    propagate: bool = option(True, "Prompts flow on into later blocks that have none of their own.")
+    share_prompts: bool = option(False, "One set of prompts serves all prompted blocks.")
+    prompt_location: Literal["prepend", "add", "add_shared", "prepend_pixel", "pad", "channel"] = option(
+        "prepend", "Where the prompts go: among the tokens, onto the tokens, or the pixels."
     )
-    propagate: bool = field(
-        default=True, metadata={"help": "Prompts flow on into later blocks that have none of their own."}
+    token_type: Literal["patch", "class"] = option(
+        "patch", "Prompts are extra patches, or extra class tokens that the head reads with the class token."
     )
-    share_prompts: bool = field(default=False, metadata={"help": "One set of prompts serves all prompted blocks."})
-    prompt_location: Literal["prepend", "add", "add_shared", "prepend_pixel", "pad", "channel"] = field(
-        default="prepend", metadata={"help": "Where the prompts go: among the tokens, onto the tokens, or the pixels."}
+    pooling: Literal["class", "image", "prompt", "image_prompt"] | None = option(
+        None, "What the head reads; None: what it reads without prompts."
     )
-    token_type: Literal["patch", "class"] = field(
-        default="patch",
-        metadata={
-            "help": "Prompts are extra patches, or extra class tokens that the head reads with the class token."
-        },
+    pool_before_norm: bool = option(False, "Take the mean before the final norm (MAE, MoCo-v3) instead of after it.")
+    prompt_dropout: float = option(0.0, "Dropout on the prompts, drawn per image.", least=0.0, below=1.0)
+    projection_dim: int | None = option(
+        None,
+        "Width the prompts live in; one linear map, shared by the blocks, takes them to the tokens'.",
+        least=1,
+        most=1_000_000,
     )
-    pooling: Literal["class", "image", "prompt", "image_prompt"] | None = field(
-        default=None, metadata={"help": "What the head reads; None: what it reads without prompts."}
+    project_patches: bool = option(
+        False, "One hidden-to-hidden linear map over prompts and patch tokens at the input."
     )
-    pool_before_norm: bool = field(
-        default=False, metadata={"help": "Take the mean before the final norm (MAE, MoCo-v3) instead of after it."}
+    prompt_rank: int | None = option(
+        None,
+        "The prompts of a block are a product of this rank, A Bᵀ with A (prompts, rank) and B (width, rank).",
+        least=1,
+        most=1_000_000,
     )
-    prompt_dropout: float = field(
-        default=0.0, metadata={"help": "Dropout on the prompts, drawn per image.", "least": 0.0, "below": 1.0}
+    init_prompts: Literal["xavier_uniform", "normal", "zeros"] = option(
+        "xavier_uniform", "How prompts start; data-driven starts: `initialize_prompts`."
     )
-    projection_dim: int | None = field(
-        default=None,
-        metadata={
-            "help": "Width the prompts live in; one linear map, shared by the blocks, takes them to the tokens'.",
-            "least": 1,
-            "most": 1_000_000,
-        },
+    implementation: Literal["auto", "kv", "token"] = option(
+        "auto", "Prompts as keys and values ('kv'), as tokens, or as keys and values wherever exact."
     )
-    project_patches: bool = field(
-        default=False,
-        metadata={"help": "One hidden-to-hidden linear map over prompts and patch tokens at the input."},
+    skip_unread: bool = option(
+        False,
+        "The last block makes its class and register tokens only, for models whose head reads no others. What it "
+        "gives for the patches (last hidden state, last attention map) is undefined then. Not saved.",
     )
-    prompt_rank: int | None = field(
-        default=None,
-        metadata={
-            "help": "The prompts of a block are a product of this rank, A Bᵀ with A (prompts, rank) and B (width, rank).",
-            "least": 1,
-            "most": 1_000_000,
-        },
+    base_in_eval: bool = option(True, "`model.train()` leaves the frozen parts in eval mode.")
+    self_check: bool = option(
+        True, "Compare keys/values with tokens on a random input when the first prompts are attached."
     )
-    init_prompts: Literal["xavier_uniform", "normal", "zeros"] = field(
-        default="xavier_uniform", metadata={"help": "How prompts start; data-driven starts: `initialize_prompts`."}
+    backbone: str | None = option(None, "Dotted path of the vision encoder, where a model holds several.")
+    modules_to_save: list[str] | None = option(
+        None, "Modules trained and saved with the prompts; None: the task head, []: none."
     )
-    implementation: Literal["auto", "kv", "token"] = field(
-        default="auto",
-        metadata={"help": "Prompts as keys and values ('kv'), as tokens, or as keys and values wherever exact."},
+    id2label: dict[int, str] | None = option(
+        None, "Labels of this adapter's head, which is made to fit; None: the model's. Always saved."
     )
-    skip_unread: bool = field(
-        default=False,
-        metadata={
-            "help": "The last block makes its class and register tokens only, for models whose head reads no others. What "
-            "it gives for the patches (last hidden state, last attention map) is undefined then. Not saved."
-        },
+    bias: str | list[str] = option(
+        "none",
+        "'all' also trains the backbone's biases; a list those of 'value' (projection), 'output' (of the attention), "
+        "'mlp' (second layer), 'norm' (second).",
     )
-    base_in_eval: bool = field(
-        default=True, metadata={"help": "`model.train()` leaves the frozen parts in eval mode."}
-    )
-    self_check: bool = field(
-        default=True,
-        metadata={"help": "Compare keys/values with tokens on a random input when the first prompts are attached."},
-    )
-    backbone: str | None = field(
-        default=None, metadata={"help": "Dotted path of the vision encoder, where a model holds several."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules trained and saved with the prompts; None: the task head, []: none."}
-    )
-    id2label: dict[int, str] | None = field(
-        default=None,
-        metadata={"help": "Labels of this adapter's head, which is made to fit; None: the model's. Always saved."},
-    )
-    bias: str | list[str] = field(
-        default="none",
-        metadata={
-            "help": "'all' also trains the backbone's biases; a list those of 'value' (projection), 'output' (of the "
-            "attention), 'mlp' (second layer), 'norm' (second)."
-        },
-    )
-    init_weights: bool = field(
-        default=True, metadata={"help": "False draws the prompts from a unit normal, as tests of PEFT methods ask."}
-    )
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Found at attach time from the model; not to be set."}
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Not used: blocks are chosen by `layers_to_transform`."}
-    )
+    init_weights: bool = option(True, "False draws the prompts from a unit normal, as tests of PEFT methods ask.")
+    target_modules: list[str] | str | None = option(None, "Found at attach time from the model; not to be set.")
+    exclude_modules: list[str] | str | None = option(None, "Not used: blocks are chosen by `layers_to_transform`.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
