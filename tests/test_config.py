@@ -262,3 +262,16 @@ def test_gated_is_a_vpt_config_and_not_deep():
     assert isinstance(config, VPTConfig) and config.deep is False and config.gate_init == 5.0
     assert not config.is_prompt_learning and not config.is_adaption_prompt
     assert not VPTConfig().is_prompt_learning
+
+
+@pytest.mark.parametrize("config_class", [VPTConfig, GatedVPTConfig])
+def test_help_explains_every_field(config_class):
+    import pydoc
+    from dataclasses import fields
+
+    text = pydoc.render_doc(config_class, renderer=pydoc.plaintext)
+    own = {each.name for each in fields(config_class)} - {each.name for each in fields(PeftConfig)}
+    missing = [name for name in own if f"    {name} (`" not in text and config_class.__dataclass_fields__[name].init]
+    assert len(own) > 20 and not missing
+    assert "num_virtual_tokens (`int | list[int]`, default 10): Prompts per prompted block" in text
+    assert text.index("num_virtual_tokens (`") < text.index("Raises:")

@@ -4,16 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from textwrap import wrap
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 
 # What `bias` may list
 BIAS_PLACES = ("value", "output", "mlp", "norm")
 
 
+T = TypeVar("T")
+
+
 def option(default: Any, help_text: str, **bounds: Any) -> Any:
     """A dataclass field with its help text and, for [`check_fields`], the bounds of its numbers."""
     return dataclasses.field(default=default, metadata={"help": help_text, **bounds})
+
+
+def explain_fields(cls: type[T]) -> type[T]:
+    """Class decorator: `help()` of a dataclass shows the help text, type and default of every field."""
+    lines = []
+    for each in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if each.init and "help" in each.metadata:
+            default = f" (`{each.type}`, default {each.default!r}): "
+            lines += wrap(
+                each.name + default + each.metadata["help"], 112, initial_indent=" " * 8, subsequent_indent=" " * 12
+            )
+    before, mark, behind = (cls.__doc__ or "").partition("    Raises:")
+    cls.__doc__ = before + "    Args:\n" + "\n".join(lines) + "\n\n" + mark + behind
+    return cls
 
 
 def check_fields(config: Any) -> None:

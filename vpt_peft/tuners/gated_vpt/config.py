@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vpt_peft.fields import option, refuse
+from vpt_peft.fields import explain_fields, option, refuse
 from vpt_peft.registration import add_peft_type
 from vpt_peft.tuners.vpt.config import VPTConfig
 
 
+@explain_fields
 @dataclass
 class GatedVPTConfig(VPTConfig):
     """Configuration of gated prompt tuning (Yoo et al., ICML 2023, arXiv 2306.05067), for self-supervised ViTs.

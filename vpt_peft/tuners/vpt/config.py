@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from peft import PeftConfig
 
-from vpt_peft.fields import BIAS_PLACES, check_choice, check_fields, check_int, option, refuse
+from vpt_peft.fields import BIAS_PLACES, check_choice, check_fields, check_int, explain_fields, option, refuse
 from vpt_peft.registration import add_peft_type
 
 
@@ -18,6 +18,7 @@ MAX_VIRTUAL_TOKENS = 100_000
 PIXEL_LOCATIONS = ("prepend_pixel", "pad", "channel")
 
 
+@explain_fields
 @dataclass
 class VPTConfig(PeftConfig):
     """Configuration of Visual Prompt Tuning (Jia et al., ECCV 2022, arXiv 2203.12119).
