@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,19 @@ def read_detection(
             images = images.rename_column(image_column, "image")
         prepared[name] = _with_objects(images, rows, names, id2label)
 
+    prepared = complete_splits(prepared, data)
+    for name, split in prepared.items():
+        if not any(row["category"] for row in split["objects"]):
+            raise DataError(
+                f"split {name!r} has no object in any of its {len(split)} images, so nothing can be learned or measured "
+                "on it; check label_column_name and the annotations."
+            )
+    return prepared
+
+
+def complete_splits(splits: Mapping[str, datasets.Dataset], data: DataArguments) -> datasets.DatasetDict:
+    """Draw a validation split where there is none, and keep so many images of each split as `data` says."""
+    prepared = dict(splits)
     if "validation" not in prepared:
         train = prepared["train"]
         count = min(max(1, round(len(train) * data.validation_fraction)), len(train) - 1)
@@ -83,13 +96,32 @@ def read_detection(
         if limit is not None and name in prepared and limit < len(prepared[name]):
             kept, _ = divide([0] * len(prepared[name]), len(prepared[name]) - limit, data.split_seed)
             prepared[name] = prepared[name].select(kept)
-    for name, split in prepared.items():
-        if not any(row["category"] for row in split["objects"]):
-            raise DataError(
-                f"split {name!r} has no object in any of its {len(split)} images, so nothing can be learned or measured "
-                "on it; check label_column_name and the annotations."
-            )
     return datasets.DatasetDict({name: prepared[name] for name in data.limits if name in prepared})
+
+
+def match_classes(
+    names: Mapping[int, str], used: Iterable[int], id2label: Mapping[int, str] | None
+) -> tuple[dict[int, int], Any]:
+    """Return the number each class of the data gets, and the feature of such numbers.
+
+    Args:
+        names: the classes of the data by number.
+        used: numbers that occur.
+        id2label: the classes of a model, which numbers them; None: the data's own numbers stay.
+
+    Raises:
+        DataError: a class that occurs is unknown to the model.
+    """
+    if id2label is None:
+        return {number: number for number in names}, datasets.ClassLabel(names=list(names.values()))
+    known = {name: int(number) for number, name in id2label.items()}
+    unknown = [names[number] for number in sorted(used) if names[number] not in known]
+    if unknown:
+        raise DataError(
+            f"the model does not know the classes {', '.join(map(repr, unknown[:5]))}; it knows "
+            f"{', '.join(map(repr, list(known)[:5]))}. Evaluate on data of its classes."
+        )
+    return {n: known[name] for n, name in names.items() if name in known}, datasets.Value("int64")
 
 
 def _checked(
@@ -121,18 +153,8 @@ def _checked(
 def _with_objects(
     images: datasets.Dataset, rows: list[dict[str, list]], names: Mapping[int, str], id2label: Mapping[int, str] | None
 ) -> datasets.Dataset:
-    category: Any = datasets.ClassLabel(names=list(names.values()))
-    if id2label is not None:
-        known = {name: int(number) for number, name in id2label.items()}
-        used = {number for row in rows for number in row["category"]}
-        unknown = [names[number] for number in sorted(used) if names[number] not in known]
-        if unknown:
-            raise DataError(
-                f"the model does not know the classes {', '.join(map(repr, unknown[:5]))}; it knows "
-                f"{', '.join(map(repr, list(known)[:5]))}. Evaluate on data of its classes."
-            )
-        rows = [{**row, "category": [known[names[number]] for number in row["category"]]} for row in rows]
-        category = datasets.Value("int64")
+    numbers, category = match_classes(names, {number for row in rows for number in row["category"]}, id2label)
+    rows = [{**row, "category": [numbers[number] for number in row["category"]]} for row in rows]
     features = datasets.Features({"objects": {**OBJECTS, "category": [category]}})
     column = datasets.Dataset.from_dict({"objects": rows}, features=features)
     return datasets.concatenate_datasets([images, column], axis=1)

@@ -26,7 +26,9 @@ def as_table(rows: Sequence[Mapping[str, Any]], kind: str, finds_many: bool = Fa
     if kind != "csv":
         raise ValueError(f"format={kind!r} is unknown; choose csv, json or, for boxes and masks, coco.")
     if finds_many:
-        columns = ["image", "label", "score", "xmin", "ymin", "xmax", "ymax"]
+        # Run lengths of masks are for json and coco
+        names = (name for row in rows for each in row["predictions"] for name in each if name != "segmentation")
+        columns = ["image", *dict.fromkeys(["label", "score", "xmin", "ymin", "xmax", "ymax", *names])]
         table = [
             {"image": row["image"], "error": row["error"], **found}
             for row in rows
@@ -80,6 +82,8 @@ def as_coco(rows: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> str:
                 "iscrowd": 0,
                 "score": found["score"],
             }
+            if "segmentation" in found:
+                annotation |= {"segmentation": found["segmentation"], "area": found["area"]}
             annotations.append(annotation)
     categories = [{"id": number, "name": name} for name, number in numbers.items()]
     return json.dumps({"images": images, "annotations": annotations, "categories": categories}, indent=2) + "\n"

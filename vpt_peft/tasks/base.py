@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TASK = "image-classification"
 # pipeline tag: module of this package that holds its `TASK`
-_TASKS = {DEFAULT_TASK: "classification", "object-detection": "detection"}
+_TASKS = {DEFAULT_TASK: "classification", "object-detection": "detection", "instance-segmentation": "instance"}
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,16 @@ class Task(Protocol):
         """
         ...
 
-    def load_model(self, path: str, id2label: Mapping[int, str], source: Mapping[str, Any]) -> PreTrainedModel:
+    def load_model(
+        self, path: str, id2label: Mapping[int, str], source: Mapping[str, Any], image_processor: Any = None
+    ) -> PreTrainedModel:
         """Return a model for the task in float32: a checkpoint's own, or an encoder with a head of this package.
 
         Args:
             path: Hub id or folder.
             id2label: the classes of the head.
             source: `revision`, `token` and `cache_dir`, as of `from_pretrained`.
+            image_processor: of the run; a model that is built for one size takes it from there.
 
         Raises:
             ValueError: the checkpoint lacks weights, or cannot do the task.

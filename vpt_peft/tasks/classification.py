@@ -138,7 +138,9 @@ class ImageClassification:
             prepared = {name: _renumber(split, names, id2label) for name, split in prepared.items()}
         return datasets.DatasetDict({name: prepared[name] for name in data.limits if name in prepared})
 
-    def load_model(self, path: str, id2label: Mapping[int, str], source: Mapping[str, Any]) -> PreTrainedModel:
+    def load_model(
+        self, path: str, id2label: Mapping[int, str], source: Mapping[str, Any], image_processor: Any = None
+    ) -> PreTrainedModel:
         """Load a classifier; a head of another size starts at zero.
 
         MAE checkpoints are read as ViTs, as transformers has no classifier for them.

@@ -167,7 +167,9 @@ class ObjectDetection:
         """Read a data set with the columns "image" and "objects"; see `vpt_peft.data.detection.read_detection`."""
         return read_detection(data, token, cache_dir, id2label)
 
-    def load_model(self, path: str, id2label: Mapping[int, str], source: Mapping[str, Any]) -> PreTrainedModel:
+    def load_model(
+        self, path: str, id2label: Mapping[int, str], source: Mapping[str, Any], image_processor: Any = None
+    ) -> PreTrainedModel:
         """Load a detector of transformers, or a plain ViT with the head of `ViTFCOSForObjectDetection`."""
         config = AutoConfig.from_pretrained(path, **source)
         if type(config) in AutoModelForObjectDetection._model_mapping:

@@ -92,6 +92,8 @@ def load_adapter_model(
     check_files(folder)
     task = get_task(read_record(folder).get("task", DEFAULT_TASK))
     source: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "task": task.pipeline_tag}
+    has_processor = (folder / "preprocessor_config.json").is_file() or (folder / "processor_config.json").is_file()
+    processor = AutoImageProcessor.from_pretrained(folder) if has_processor else None
     spec = read_baseline_spec(folder)
     model: Classifier
     if spec is None:
@@ -105,7 +107,7 @@ def load_adapter_model(
         backbone = ModelArguments(
             base_model or backbone_name(config.base_model_name_or_path), config.revision, **source
         )
-        base = load_backbone(backbone, _labels(folder, backbone))
+        base = load_backbone(backbone, _labels(folder, backbone), processor)
         try:
             model = PeftModel.from_pretrained(base, str(folder))
         except RuntimeError as error:
@@ -119,11 +121,9 @@ def load_adapter_model(
         model = task.auto_class.from_pretrained(folder, dtype=torch.float32)
     else:
         backbone = ModelArguments(base_model or spec.base_model_name_or_path, spec.revision, **source)
-        model = build_baseline(load_backbone(backbone, _labels(folder, backbone)), spec)
+        model = build_baseline(load_backbone(backbone, _labels(folder, backbone), processor), spec)
         load_trained(model, folder)
-    has_processor = (folder / "preprocessor_config.json").is_file() or (folder / "processor_config.json").is_file()
-    processor = AutoImageProcessor.from_pretrained(folder) if has_processor else load_image_processor(backbone)
-    return model.eval(), processor
+    return model.eval(), processor or load_image_processor(backbone)
 
 
 def backbone_name(recorded: str) -> str:

@@ -79,7 +79,9 @@ def _named(model_args: ModelArguments) -> Iterator[None]:
         ) from error
 
 
-def load_backbone(model_args: ModelArguments, id2label: Mapping[int, str]) -> PreTrainedModel:
+def load_backbone(
+    model_args: ModelArguments, id2label: Mapping[int, str], image_processor: Any = None
+) -> PreTrainedModel:
     """Load a model for the task of `model_args` in float32 with a head for `id2label`; see `Task.load_model`.
 
     Raises:
@@ -94,10 +96,15 @@ def load_backbone(model_args: ModelArguments, id2label: Mapping[int, str]) -> Pr
     }
     with _named(model_args):
         path = resolve_model_path(model_args.model_name_or_path)
-        return get_task(model_args.task).load_model(path, id2label, source)
+        return get_task(model_args.task).load_model(path, id2label, source, image_processor=image_processor)
 
 
-def build_model(model_args: ModelArguments, method_args: MethodArguments, id2label: Mapping[int, str]) -> Classifier:
+def build_model(
+    model_args: ModelArguments,
+    method_args: MethodArguments,
+    id2label: Mapping[int, str],
+    image_processor: Any = None,
+) -> Classifier:
     """Return the backbone made ready for `method_args.method`: only what the method trains has `requires_grad`.
 
     Prompt methods and LoRA give a `PeftModel`; the others the transformers model itself with a `baseline_spec`.
@@ -107,7 +114,7 @@ def build_model(model_args: ModelArguments, method_args: MethodArguments, id2lab
         OSError: the model cannot be found.
     """
     check_method(model_args.task, method_args.method)
-    model = load_backbone(model_args, id2label)
+    model = load_backbone(model_args, id2label, image_processor)
     if METHODS[method_args.method].configure:
         adapted: Any = apply_method(model, method_args.method, method_options(method_args))
         # The package's own backbones lie at another path on every machine

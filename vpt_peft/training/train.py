@@ -79,7 +79,7 @@ def train(arguments: Arguments, with_test: bool = True) -> dict[str, float]:
 
     # Model; seeded again, so that the head starts alike whatever reading the data drew
     set_seed(training.seed)
-    model = build_model(model_args, method, classes)
+    model = build_model(model_args, method, classes, processor)
     counts = check_trainable(model, method.method)
     split_point = None
     if method.cache_features and task.has_cached_features and features_can_be_fed(training):
