@@ -15,6 +15,10 @@ BIAS_PLACES = ("value", "output", "mlp", "norm")
 T = TypeVar("T")
 
 
+class FieldTypeError(TypeError, ValueError):
+    """A field has a value of the wrong type; a `ValueError` too, as all other errors about fields are."""
+
+
 def option(default: Any, help_text: str, **bounds: Any) -> Any:
     """A dataclass field with its help text and, for [`check_fields`], the bounds of its numbers."""
     return dataclasses.field(default=default, metadata={"help": help_text, **bounds})
@@ -71,10 +75,16 @@ def refuse(*cases: tuple[Any, str], error: type[Exception] = ValueError) -> None
 def check_int(name: str, value: Any, least: int = 1, most: int | None = None) -> None:
     """Raise unless `value` is an integer in range; booleans are refused."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r} must be an integer.")
+        raise FieldTypeError(f"{name}={value!r} must be an integer.")
     if value < least or (most is not None and value > most):
         limit = f" and at most {most:,}" if most is not None else ""
         raise ValueError(f"{name}={value} must be at least {least}{limit}.")
+
+
+def check_length(name: str, value: Any, most: int) -> None:
+    """Raise if `value` has more entries than `most`."""
+    if len(value) > most:
+        raise ValueError(f"{name} has {len(value):,} entries; at most {most:,} make sense.")
 
 
 def check_choice(name: str, value: Any, choices: tuple) -> None:
@@ -86,12 +96,12 @@ def check_choice(name: str, value: Any, choices: tuple) -> None:
 def check_flag(name: str, value: Any) -> None:
     """Raise unless `value` is a boolean."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name}={value!r} must be True or False.")
+        raise FieldTypeError(f"{name}={value!r} must be True or False.")
 
 
 def check_float(name: str, value: Any, least: float = -math.inf, below: float = math.inf) -> None:
     """Raise unless `value` is a finite number in [least, below)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r} must be a number.")
+        raise FieldTypeError(f"{name}={value!r} must be a number.")
     if not math.isfinite(value) or not least <= value < below:
         raise ValueError(f"{name}={value} must be a finite number of at least {least} and below {below}.")

@@ -1,19 +1,36 @@
-"""Two additions to `PeftModel` where PEFT leaves no hook: cards that say how to load, and loads that fit.
+"""Additions to `PeftModel` where PEFT leaves no hook: cards that say how to load, and loads that fit or change nothing.
 
-Each calls PEFT's own method and acts only on models with prompt adapters.
+Each calls PEFT's own method and acts only on prompt adapters.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import wraps
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from peft import PeftConfig, PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from torch import nn
 
+from .files import read_json
+from .heads import unwrap_heads
+from .heads.find import base_model
+from .tuners.vpt.adapter_file import AdapterFile, file_in_loading
 from .tuners.vpt.config import VPTConfig
+from .tuners.vpt.parameters import find_parameters
 
 
 TAGS = ("vpt_peft", "visual-prompt-tuning")
@@ -71,13 +88,64 @@ def complete_card(model: PeftModel, folder: str, adapter: str) -> None:
     card.save(path)
 
 
-def check_same_configuration(model: PeftModel, adapter_name: str, model_id: str, **hub: Any) -> None:
+def read_config(model_id: str | os.PathLike, **hub: Any) -> PeftConfig | None:
+    """The configuration of an adapter of this package; `None` for other methods and where there is none.
+
+    Args:
+        model_id: A folder or Hub id.
+        hub: `subfolder`, `revision`, `cache_dir`, `token` and others of `hf_hub_download`.
+
+    Raises:
+        OSError: The file cannot be read, or is no regular file.
+        ValueError: It is not a JSON object, or a field has a wrong value; the message names the file.
+    """
+    path = _find(model_id, CONFIG_NAME, **hub)
+    if path is None:
+        return None
+    fields = read_json(path)
+    cls = PEFT_TYPE_TO_CONFIG_MAPPING.get(fields.get("peft_type"))  # type: ignore[arg-type]
+    if cls is None or not issubclass(cls, VPTConfig):
+        return None
+    fields.pop("runtime_config", None)
+    try:
+        return cls.from_peft_type(**fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def find_weights(model_id: str | os.PathLike, **hub: Any) -> Path:
+    """The file with an adapter's weights, downloaded where it is on the Hub.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
+        path = _find(model_id, name, **hub)
+        if path is not None:
+            return path
+    raise FileNotFoundError(f"{str(model_id)!r} holds no {SAFETENSORS_WEIGHTS_NAME} beside its {CONFIG_NAME}.")
+
+
+def _find(model_id: str | os.PathLike, name: str, **hub: Any) -> Path | None:
+    subfolder = hub.pop("subfolder", None)
+    local = Path(model_id, subfolder or "", name)
+    # Also what is no regular file, which is refused when it is opened
+    if os.path.lexists(local):
+        return local
+    if Path(model_id).is_dir():
+        return None
+    try:
+        return Path(hf_hub_download(str(model_id), name, subfolder=subfolder, **hub))
+    except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):
+        return None
+
+
+def check_same_configuration(here: PeftConfig, file: PeftConfig, adapter_name: str, model_id: str) -> None:
     """Check that a file for an adapter that is there already has the adapter's configuration.
 
     Raises:
         ValueError: Fields that say what the adapter computes differ.
     """
-    here, file = model.peft_config[adapter_name], PeftConfig.from_pretrained(model_id, **hub)
     if type(here) is not type(file):
         raise ValueError(
             f"adapter_name={adapter_name!r} is a {type(here).__name__}, {model_id} holds a {type(file).__name__}; call "
@@ -98,18 +166,100 @@ def check_same_configuration(model: PeftModel, adapter_name: str, model_id: str,
         )
 
 
+@contextmanager
+def unchanged_if_refused(model: nn.Module) -> Iterator[None]:
+    """Take out the prompt adapters that the block has added when it raises, and set back what trains, modes and hooks."""
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    hooks = [
+        (held, held.copy())
+        for module, _ in modes
+        for name, held in vars(module).items()
+        if name.endswith("_hooks") and isinstance(held, dict)
+    ]
+    before = find_parameters(model)
+    names = set() if before is None else set(before.configs)
+    configs = getattr(model, "peft_config", None)
+    of_adapters = dict(configs or {})
+    try:
+        yield
+    except BaseException:
+        after = find_parameters(model)
+        if after is not None and before is None:
+            after.labels.use(None)
+            unwrap_heads(model, use_original=True)
+            after.detach()
+        elif after is not None:
+            for name in set(after.configs) - names:
+                after.take(name)
+            unwrap_heads(model, only_empty=True)
+        if configs is None:
+            vars(model).pop("peft_config", None)
+        else:
+            configs.clear()
+            configs.update(of_adapters)
+        for parameter, trains in trained:
+            parameter.requires_grad_(trains)
+        for module, mode in modes:
+            module.training = mode
+        for held, entries in hooks:
+            held.clear()
+            held.update(entries)
+        raise
+
+
+def _is_own(config: Any) -> bool:
+    return isinstance(config, VPTConfig)
+
+
 def _has_prompts(model: PeftModel) -> bool:
     return any(isinstance(config, VPTConfig) for config in model.peft_config.values())
+
+
+def _hub_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    known = signature(hf_hub_download).parameters
+    return {key: value for key, value in given.items() if key in known and value is not None}
+
+
+@contextmanager
+def _loading(
+    model: nn.Module, model_id: str, hub: dict[str, Any], given: dict[str, Any], *, wraps_model: bool
+) -> Iterator[AdapterFile]:
+    root = base_model(model)
+    path = next(path for path, module in model.named_modules() if module is root)
+    file = AdapterFile(
+        find_weights(model_id, **hub),
+        ("base_model.model." if wraps_model else "") + (f"{path}." if path else ""),
+        ignore_sizes=bool(given.get("ignore_mismatched_sizes")),
+        is_renamed=bool(given.get("key_mapping")),
+    )
+    token = file_in_loading.set(file)
+    try:
+        with unchanged_if_refused(model):
+            yield file
+    finally:
+        file_in_loading.reset(token)
+
+
+def _check_weights(file: AdapterFile, model: PeftModel, adapter_name: str) -> None:
+    """Compare a file with an adapter that is on the model."""
+    parameters: Any = find_parameters(model)
+    heads = parameters.heads[adapter_name]
+    copies = {path: parameters.root.get_submodule(path).modules_to_save[adapter_name] for path in heads}
+    config, layout, cls = (each[adapter_name] for each in (parameters.configs, parameters.layouts, parameters.classes))
+    file.check(cls, parameters, config, layout, heads)
+    file.check_heads(parameters, heads, copies)
 
 
 def extend_peft_model() -> None:
     """Add to `PeftModel`; doing it again is harmless."""
     if getattr(PeftModel, "_has_prompt_cards", False):
         return
-    write_card, upload, load = (
+    write_card, upload, load, make = (
         PeftModel.create_or_update_model_card,
         PeftModel._upload_modified_files,
         PeftModel.load_adapter,
+        PeftModel.from_pretrained.__func__,  # type: ignore[attr-defined]
     )
 
     @wraps(write_card)
@@ -128,12 +278,30 @@ def extend_peft_model() -> None:
 
     @wraps(load)
     def load_adapter(self: PeftModel, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self.peft_config.get(adapter_name), VPTConfig):
-            hub = {key: kwargs[key] for key in ("subfolder", "revision", "cache_dir", "token") if key in kwargs}
-            check_same_configuration(self, adapter_name, model_id, **hub)
-        return load(self, model_id, adapter_name, *args, **kwargs)
+        if file_in_loading.get() is not None:
+            return load(self, model_id, adapter_name, *args, **kwargs)
+        hub, here = _hub_arguments(kwargs), self.peft_config.get(adapter_name)
+        config = read_config(model_id, **hub)
+        if config is None and not _is_own(here):
+            return load(self, model_id, adapter_name, *args, **kwargs)
+        with _loading(self, model_id, hub, kwargs, wraps_model=False) as file:
+            if here is not None and config is not None:
+                check_same_configuration(here, config, adapter_name, model_id)
+                _check_weights(file, self, adapter_name)
+            return load(self, model_id, adapter_name, *args, **kwargs)
+
+    @wraps(make)
+    def from_pretrained(cls: type[PeftModel], model: Any, model_id: str, *args: Any, **kwargs: Any) -> PeftModel:
+        hub = _hub_arguments(kwargs)
+        config = read_config(model_id, **hub)
+        given = signature(make).bind(cls, model, model_id, *args, **kwargs).arguments.get("config")
+        if not _is_own(config if given is None else given):
+            return make(cls, model, model_id, *args, **kwargs)
+        with _loading(model, model_id, hub, kwargs, wraps_model=True):
+            return make(cls, model, model_id, *args, **kwargs)
 
     PeftModel.create_or_update_model_card = create_or_update_model_card  # type: ignore[method-assign, assignment]
     PeftModel._upload_modified_files = _upload_modified_files  # type: ignore[method-assign, assignment]
     PeftModel.load_adapter = load_adapter  # type: ignore[method-assign, assignment]
+    PeftModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign, assignment]
     PeftModel._has_prompt_cards = True  # type: ignore[attr-defined]

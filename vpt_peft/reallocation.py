@@ -156,4 +156,3 @@ def _replace(parameters: VPTParameters, name: str, values: dict[str, torch.Tenso
             made[key].copy_(value)
     made.train(old.training).requires_grad_(first.requires_grad)
     getattr(parameters, f"{adapter.prefix}prompts")[name] = made
-    parameters.forget_drawn(name)

@@ -27,11 +27,14 @@ class GatedVPTConfig(VPTConfig):
     gate: Literal["scalar", "elementwise", "none"] = option(
         "scalar", "One scalar per block; a linear-sigmoid gate with residual; or no gate."
     )
-    gate_init: float = option(5.0, "The papers' number: the gate's logit starts at MINUS this, nearly closed.")
+    # Beyond the bounds of these numbers exponentials overflow
+    gate_init: float = option(
+        5.0, "The papers' number: the gate's logit starts at MINUS this, nearly closed.", least=-88.0, below=88.0
+    )
     num_gates: int | None = option(None, "The first so many blocks are gated; None: all but the last.", least=0)
     attention_temperature: bool = option(True, "One learnable temperature per block.")
-    temperature_min: float = option(0.01, "Lower clamp of the temperatures.")
-    temperature_max: float = option(10.0, "Upper clamp of the temperatures.")
+    temperature_min: float = option(0.01, "Lower clamp of the temperatures.", least=1e-4)
+    temperature_max: float = option(10.0, "Upper clamp of the temperatures.", below=88.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,12 +8,27 @@ from typing import Any, Literal
 
 from peft import PeftConfig
 
-from vpt_peft.fields import BIAS_PLACES, check_choice, check_fields, check_int, explain_fields, option, refuse
+from vpt_peft.fields import (
+    BIAS_PLACES,
+    FieldTypeError,
+    check_choice,
+    check_fields,
+    check_int,
+    check_length,
+    explain_fields,
+    option,
+    refuse,
+)
 from vpt_peft.registration import add_peft_type
 
 
 # More prompts than this outnumber the tokens of any image encoder a thousand times over; a slip, not a wish.
 MAX_VIRTUAL_TOKENS = 100_000
+
+# Frames and extra channels of pixels; far more than an image has
+MAX_PIXELS = 1024
+MAX_BLOCKS = 10_000
+MAX_LABELS = 1_000_000
 
 PIXEL_LOCATIONS = ("prepend_pixel", "pad", "channel")
 
@@ -60,7 +75,7 @@ class VPTConfig(PeftConfig):
         None,
         "Width the prompts live in; one linear map, shared by the blocks, takes them to the tokens'.",
         least=1,
-        most=1_000_000,
+        most=65_536,
     )
     project_patches: bool = option(
         False, "One hidden-to-hidden linear map over prompts and patch tokens at the input."
@@ -69,7 +84,7 @@ class VPTConfig(PeftConfig):
         None,
         "The prompts of a block are a product of this rank, A Bᵀ with A (prompts, rank) and B (width, rank).",
         least=1,
-        most=1_000_000,
+        most=65_536,
     )
     init_prompts: Literal["xavier_uniform", "normal", "zeros"] = option(
         "xavier_uniform", "How prompts start; data-driven starts: `initialize_prompts`."
@@ -113,14 +128,15 @@ class VPTConfig(PeftConfig):
             self.num_virtual_tokens = list(self.num_virtual_tokens)
             if not self.num_virtual_tokens:
                 raise ValueError("num_virtual_tokens=[] must be a number, or one number for each prompted block.")
+            check_length("num_virtual_tokens", self.num_virtual_tokens, MAX_BLOCKS)
         check_fields(self)
         if self.backbone is not None and not isinstance(self.backbone, str):
-            raise TypeError(f"backbone={self.backbone!r} must be the dotted path of a module, or None.")
+            raise FieldTypeError(f"backbone={self.backbone!r} must be the dotted path of a module, or None.")
         if isinstance(self.modules_to_save, (tuple, set)):
             self.modules_to_save = list(self.modules_to_save)
         names = [] if self.modules_to_save is None else self.modules_to_save
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise TypeError(f"modules_to_save={names!r} must be a list of module names, or None.")
+            raise FieldTypeError(f"modules_to_save={names!r} must be a list of module names, or None.")
         if isinstance(self.bias, str):
             check_choice("bias", self.bias, ("none", "all"))
         elif isinstance(self.bias, (list, tuple, set)) and self.bias and set(self.bias) <= set(BIAS_PLACES):
@@ -132,10 +148,14 @@ class VPTConfig(PeftConfig):
         layers = self.layers_to_transform
         if layers is None:
             return
+        if not isinstance(layers, int) and hasattr(layers, "__len__"):
+            check_length("layers_to_transform", layers, MAX_BLOCKS)
         if not isinstance(layers, (int, list, tuple, set, range)):
-            raise TypeError(f"layers_to_transform={layers!r} must be a list of block indices, an integer or None.")
+            raise FieldTypeError(
+                f"layers_to_transform={layers!r} must be a list of block indices, an integer or None."
+            )
         for layer in [layers] if isinstance(layers, int) else layers:
-            check_int("layers_to_transform", layer, least=0)
+            check_int("layers_to_transform", layer, least=0, most=MAX_BLOCKS)
         if not isinstance(layers, int):
             if not layers:
                 raise ValueError("layers_to_transform=[] names no block; give at least one index, or None.")
@@ -158,6 +178,8 @@ class VPTConfig(PeftConfig):
         takes_class = self.token_type == "class"
         has_layers = self.layers_to_transform is not None
         refuse(
+            (where in ("pad", "channel") and self.most_tokens > MAX_PIXELS,
+             f"num_virtual_tokens={self.num_virtual_tokens} must be at most {MAX_PIXELS:,} for prompt_location={where!r}."),
             (as_pixels and has_layers, f"layers_to_transform has no meaning for prompt_location={where!r}: pixels enter once."),
             (where != "prepend" and self.projection_dim is not None, f"projection_dim {at_default}"),
             (where != "prepend" and self.project_patches, f"project_patches {at_default}"),
@@ -233,14 +255,15 @@ class VPTConfig(PeftConfig):
 
 def _checked_labels(labels: Any) -> dict[int, str]:
     if not isinstance(labels, dict) or not all(isinstance(label, str) for label in labels.values()):
-        raise TypeError(f"id2label={labels!r} must be a dict from class index to label, or None.")
+        raise FieldTypeError(f"id2label={labels!r} must be a dict from class index to label, or None.")
+    check_length("id2label", labels, MAX_LABELS)
     try:
         # Indices are strings after a way through JSON
         checked = {int(index): label for index, label in labels.items()}
     except (TypeError, ValueError):
-        raise TypeError(f"id2label={labels!r}: its keys must be class indices.") from None
+        raise FieldTypeError(f"id2label={labels!r}: its keys must be class indices.") from None
     if sorted(checked) != list(range(len(labels))) or not labels:
         raise ValueError(
-            f"id2label: its keys must be 0 to {max(len(labels) - 1, 0)} without gaps, not {list(labels)}."
+            f"id2label: its keys must be 0 to {max(len(labels) - 1, 0)} without gaps, not {list(labels)[:20]}."
         )
     return checked

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
 
-from vpt_peft.heads import unwrap_heads
-
+from .adapter_file import differences, shorten, wrong_values
 from .biases import as_offsets
 from .parameters import VPTParameters
 
@@ -46,31 +43,37 @@ def check_fit(parameters: VPTParameters, adapter_name: str, found: dict[str, tor
     """Compare an adapter file's tensors with what the adapter has in this encoder.
 
     Raises:
-        ValueError: Some are missing, left over or of another shape; all are listed.
+        ValueError: Some are missing, left over, of another shape or type, or not finite; all are listed.
     """
     wanted = {key: tuple(value.shape) for key, value in parameters.parameters_of(adapter_name).items()}
-    wrong = [f"{key} is missing" for key in wanted if key not in found]
-    wrong += [f"{key} has no place" for key in found if key not in wanted]
+    wrong = differences(wanted, {key: tuple(value.shape) for key, value in found.items()})
     wrong += [
-        f"{key} has shape {tuple(value.shape)}, expected {wanted[key]}"
+        f"{key} holds {value.dtype}, not floating-point numbers"
         for key, value in found.items()
-        if key in wanted and tuple(value.shape) != wanted[key]
+        if not value.is_floating_point()
     ]
+    wrong += [why for key, value in found.items() if (why := wrong_values(key, value))]
     if wrong:
         raise ValueError(
             f"the adapter file does not fit adapter {adapter_name!r} on this encoder of {len(parameters.spec.blocks)} blocks of "
-            f"width {parameters.spec.blocks[0].width}: {'; '.join(wrong)}. Load it onto the backbone it was trained on, with "
+            f"width {parameters.spec.blocks[0].width}: {shorten(wrong)}. Load it onto the backbone it was trained on, with "
             "the configuration it was saved with (num_virtual_tokens, layers_to_transform, gate, ...)."
         )
 
 
-def take_out(model: Any, parameters: VPTParameters, adapter_name: str) -> None:
-    """Remove an adapter that was attached only to be loaded; one that has been trained or loaded before stays."""
-    if not isinstance(getattr(model, "base_model", None), BaseTuner) or not parameters.is_as_drawn(adapter_name):
-        return
-    if list(model.peft_config) == [adapter_name]:
-        unwrap_heads(model, use_original=True)
-        model.base_model.unload()
-        del model.peft_config[adapter_name]
-    else:
-        model.delete_adapter(adapter_name)
+def check_others(model: nn.Module, adapter_name: str, others: dict[str, torch.Tensor]) -> None:
+    """Check that what a file holds beside prompts is the adapter's own: its copies of heads.
+
+    Raises:
+        ValueError: It holds values of the backbone, of another adapter or of a head without adapters, or some that are
+            not finite.
+    """
+    mine = f".modules_to_save.{adapter_name}."
+    foreign = {key.removeprefix("base_model.model.") for key in others if mine not in key}
+    wrong = []
+    if foreign:
+        named = {key.removeprefix("base_model.model.") for key in model.state_dict()}
+        wrong = [f"{key} is not a part of the adapter" for key in sorted(foreign & named)]
+    wrong += [why for key, value in others.items() if mine in key and (why := wrong_values(key, value))]
+    if wrong:
+        raise ValueError(f"the adapter file does not fit adapter {adapter_name!r}: {shorten(wrong)}.")

@@ -28,11 +28,12 @@ from vpt_peft.heads import (
 )
 
 from .adapter import PromptAdapter
+from .adapter_file import file_in_loading
 from .check import check_key_values, check_quantized, check_skip_unread
 from .config import VPTConfig
 from .layer import PromptTunerLayer
 from .layout import check_config, make_layout
-from .loading import check_fit, take_out, take_saved_biases
+from .loading import check_fit, check_others, take_saved_biases
 from .mixed import check_mixed_batch
 from .modes import set_frozen_eval, set_frozen_eval_outside
 from .parameters import VPTParameters, find_parameters
@@ -111,9 +112,14 @@ class VPTModel(BaseTuner):
         paths = modules_to_wrap(self.model, peft_config.given("modules_to_save"), head, peft_config.task_type)
         check_task_type(self.model, paths, peft_config.task_type)
         check_heads(self.model, paths)
+        file = file_in_loading.get()
+        if file is not None:
+            file.check(self.adapter_cls, parameters, peft_config, layout, paths)
         labels, base = peft_config.given("id2label"), parameters.labels.of(None)
         count = None if base is None else base.num_labels
         built = {} if labels is None else build_heads(self.model, paths, len(labels), count)
+        if file is not None:
+            file.check_heads(parameters, paths, built)
         self._prepared = parameters, paths, built
         # PEFT would look for them by the ends of their paths
         peft_config.modules_to_save = None
@@ -358,10 +364,7 @@ class VPTModel(BaseTuner):
                 found[f"{match[1]}.{adapter_name}.{match[2]}"] = value
             else:
                 remapped[key] = value
-        try:
-            found |= take_saved_biases(parameters, cls.prefix, adapter_name, remapped, root)
-            check_fit(parameters, adapter_name, found)
-        except ValueError:
-            take_out(model, parameters, adapter_name)
-            raise
+        found |= take_saved_biases(parameters, cls.prefix, adapter_name, remapped, root)
+        check_fit(parameters, adapter_name, found)
+        check_others(model, adapter_name, remapped)
         return remapped | {f"{path}.{key}": value for key, value in found.items()}

@@ -46,7 +46,7 @@ class VPTParameters(nn.Module, PromptTunerLayer):
         read: For each block whether anything reads its output; `None`: all are read.
     """
 
-    other_param_names = ("configs", "layouts", "classes", "heads", "_drawn")
+    other_param_names = ("configs", "layouts", "classes", "heads")
 
     def __init__(
         self, spec: EncoderSpec, encoder: nn.Module, root: nn.Module, read: tuple[bool, ...] | None = None
@@ -64,8 +64,6 @@ class VPTParameters(nn.Module, PromptTunerLayer):
         self.heads: dict[str, list[str]] = {}
         self.labels = LabelSwitch(root)
         self.wrappers: tuple[HeadWrapper, ...] = ()
-        # Changes in place that each adapter's parameters had seen when they were made
-        self._drawn: dict[str, int] = {}
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self._handles: list[Any] = []
@@ -153,7 +151,6 @@ class VPTParameters(nn.Module, PromptTunerLayer):
                 layer.add(name, block, config)
         if "biases" in parts:
             biases.attach_offsets(self, config.bias)
-        self._drawn[name] = self._count_changes(name)
 
     def take(self, name: str) -> list[tuple[Any, str, Any]]:
         """Take adapter `name` out, whether it is active or not, and return what [`put_back`] needs."""
@@ -263,17 +260,6 @@ class VPTParameters(nn.Module, PromptTunerLayer):
             return ForwardPass(self, [self.adapter(n) for n in self.active_names()], None, checkpointing, reentrant)
         mixed = None if call.per_image is None else MixedBatch(call.per_image)
         return ForwardPass(self, list(call.adapters.values()), mixed, checkpointing, reentrant)
-
-    def _count_changes(self, name: str) -> int:
-        return sum(parameter._version for parameter in self.parameters_of(name).values())
-
-    def is_as_drawn(self, name: str) -> bool:
-        """Whether no value of an adapter has changed since `update_layer` made it."""
-        return self._drawn.get(name) == self._count_changes(name)
-
-    def forget_drawn(self, name: str) -> None:
-        """Note that an adapter's values have changed."""
-        self._drawn.pop(name, None)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         """The parameters of one adapter, named as in `named_parameters()`."""
