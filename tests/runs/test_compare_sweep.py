@@ -305,6 +305,8 @@ def test_grid_of_flags():
     assert grid.common == {"layers_to_transform": [0, 1]} and grid.seeds == [3, 4]
     assert grid.axes == {"share_prompts": [True, False]}
     assert grid_of("--num_virtual_tokens", "1:8").axes == {"num_virtual_tokens": Range(1.0, 8.0, True)}
+    # Several numbers are values here, where a single run gives one to each block
+    assert grid_of("--num_virtual_tokens", "1", "8").axes == {"num_virtual_tokens": [1, 8]}
 
 
 def test_files_hold_lists(tmp_path):

@@ -16,6 +16,8 @@ from ..training.arguments import FlagParser, as_tokens, train_parser
 
 
 _SINGLE = ("task", "output_dir", "token", "hub_token", "metric_for_best_model")
+# Take one number per block where a run stands alone; here each number is a value of its own
+_NUMBERS = ("num_virtual_tokens",)
 _REFUSED = {
     "push_to_hub": "push the adapter you choose with `vpt-peft push`",
     "overwrite_output_dir": "delete the folder of a run to repeat it",
@@ -75,8 +77,8 @@ def make_parser(prog: str, description: str) -> FlagParser:
     parser = train_parser(prog).without_defaults()
     parser.description = f"{description} Takes all flags of `vpt-peft train`; those with several values are varied."
     for action in parser._actions:
-        if action.option_strings and action.nargs in (None, "?"):
-            action.nargs = "+" if action.nargs is None else "*"
+        if action.option_strings and (action.nargs in (None, "?") or action.dest in _NUMBERS):
+            action.nargs = "*" if action.nargs == "?" else "+"
             if action.type in (int, float):
                 action.type = functools.partial(_number_or_range, action.type)
     return parser
@@ -96,7 +98,7 @@ def parse_grid(parser: FlagParser, argv: Sequence[str]) -> Grid:
     for name, values in given.items():
         if name in _REFUSED:
             raise ValueError(f"{name} cannot be used here; {_REFUSED[name]}.")
-        if actions[name].nargs not in (None, "?"):
+        if actions[name].nargs not in (None, "?") and name not in _NUMBERS:
             common[name] = values
             continue
         distinct = list(dict.fromkeys(values)) or [actions[name].const]

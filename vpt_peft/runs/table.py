@@ -136,7 +136,7 @@ def _count(value: float) -> str:
 
 
 def _size(value: float) -> str:
-    if math.isnan(value):
+    if not value or math.isnan(value):
         return "-"
     return f"{value / 1e6:,.2f} MB" if value < 1e7 else f"{value / 1e6:,.0f} MB"
 
