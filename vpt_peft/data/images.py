@@ -78,7 +78,7 @@ def to_rgb(image: Any) -> Image.Image:
             `Image.MAX_IMAGE_PIXELS`, which its header tells before anything is decoded.
     """
     try:
-        picture = _upright(_open(image))
+        picture = _upright(decode_image(image))
         if picture.mode in _WIDE_MODES:
             picture = _to_eight_bits(picture)
         elif picture.mode in _ALPHA_MODES or "transparency" in picture.info:
@@ -89,7 +89,8 @@ def to_rgb(image: Any) -> Image.Image:
         raise _image_error(image, error) from error
 
 
-def _open(image: Any) -> Image.Image:
+def decode_image(image: Any) -> Image.Image:
+    """Return what Pillow decodes, as it is; see `to_rgb` for what it takes."""
     if isinstance(image, dict):
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
     if isinstance(image, Image.Image):

@@ -17,7 +17,7 @@ from .listed import is_listed, read_listed
 
 
 # The words by which `datasets` tells split folders from class folders
-_SPLIT_FOLDERS = frozenset(
+SPLIT_NAMES = frozenset(
     ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
 )
 
@@ -64,7 +64,7 @@ def read_source(
             ) from error
         if isinstance(loaded, datasets.Dataset):
             loaded = datasets.DatasetDict({"train": loaded})
-        return loaded, _read_id2label(folder / "id2label.json")
+        return loaded, read_id2label(folder / "id2label.json")
     if folder.exists() or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name:
         fault = "is a file, not a folder" if folder.exists() else "does not exist"
         raise DataNotFoundError(f"dataset_name={name!r}: {fault}; give a folder, a Hub id, or 'digits'.")
@@ -110,10 +110,11 @@ def _class_folders(folder: Path) -> list[str] | None:
         if any(file.suffix.lower() in IMAGE_SUFFIXES for file in child.iterdir() if file.is_file())
     ]
     has_table = any(file.suffix in (".csv", ".jsonl", ".parquet", ".arrow") for file in folder.iterdir())
-    return classes if not has_table and not {name.lower() for name in classes} <= _SPLIT_FOLDERS else None
+    return classes if not has_table and not {name.lower() for name in classes} <= SPLIT_NAMES else None
 
 
-def _read_id2label(path: Path) -> dict[int, str] | None:
+def read_id2label(path: Path) -> dict[int, str] | None:
+    """Return the classes of an `id2label.json` in order, or None where there is none."""
     if not path.exists():
         return None
     try:

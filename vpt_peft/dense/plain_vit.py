@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -65,22 +66,31 @@ def _without_pooler(config: Any) -> dict[str, bool]:
 
 
 def patch_map(backbone: Any, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Return the patch tokens of the last block as a map `(batch, hidden, height / patch, width / patch)`.
+    """Return the patch tokens of the encoder's output as a map; see `patch_maps`."""
+    return patch_maps(backbone, pixel_values, [backbone.config.num_hidden_layers - 1])[0]
 
-    Positions are interpolated to the image. An image whose sides are no multiples of the patch is filled up with zeros
-    to the right and below.
+
+def patch_maps(backbone: Any, pixel_values: torch.Tensor, blocks: Sequence[int]) -> list[torch.Tensor]:
+    """Return the patch tokens of some blocks as maps `(batch, hidden, height / patch, width / patch)`.
+
+    Those of the last block are the encoder's output, behind its final norm. Positions are interpolated to the image. An
+    image whose sides are no multiples of the patch is filled up with zeros to the right and below.
 
     Args:
         backbone: of `build_backbone` or `load_backbone`.
         pixel_values: `(batch, channels, height, width)`.
+        blocks: 0-based.
     """
-    patch = backbone.config.patch_size
+    patch, last = backbone.config.patch_size, backbone.config.num_hidden_layers - 1
     height, width = pixel_values.shape[-2:]
     pixel_values = F.pad(pixel_values, (0, -width % patch, 0, -height % patch))
     rows, columns = pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch
     options = {}
     if "interpolate_pos_encoding" in inspect.signature(backbone.forward).parameters:
         options["interpolate_pos_encoding"] = True
-    tokens = backbone(pixel_values=pixel_values, **options).last_hidden_state
+    if any(block != last for block in blocks):
+        options["output_hidden_states"] = True
+    output = backbone(pixel_values=pixel_values, **options)
+    tokens = [output.last_hidden_state if block == last else output.hidden_states[block + 1] for block in blocks]
     # Class, distillation and register tokens stand in front
-    return tokens[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
+    return [each[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns)) for each in tokens]
