@@ -67,6 +67,11 @@ class DataArguments:
             "processor's."
         },
     )
+    ignore_index: int = field(default=255, metadata={"help": "Masks: value of pixels that do not count."})
+    reduce_labels: bool = field(
+        default=False,
+        metadata={"help": "Masks: pixels of 0 do not count either, and the first class is written as 1."},
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most this many images."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most this many images."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Test on at most this many images."})

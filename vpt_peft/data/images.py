@@ -42,7 +42,7 @@ class CheckedImage(datasets.Image):
         try:
             if not isinstance(value, dict) or not _is_here(value):
                 return super().decode_example(value, token_per_repo_id=token_per_repo_id)
-            image = _upright(_open(value))
+            image = _upright(decode_image(value))
             return image if self.mode in (None, image.mode) else image.convert(self.mode)
         except Exception as error:
             raise _image_error(value, error) from error

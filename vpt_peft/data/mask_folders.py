@@ -13,7 +13,17 @@ from .sources import SPLIT_NAMES
 _IMAGES = ("images", "image", "imgs", "img", "jpegimages", "leftimg8bit")
 _MASKS = ("masks", "mask", "annotations", "annotation", "labels", "segmentationclass", "gt", "gtfine")
 # Endings that some data sets give one of the two
-_ENDINGS = ("_mask", "_masks", "_seg", "_segmentation", "_label", "_labels", "_gt", "_leftimg8bit", "_gtfine_labeltrainids")
+_ENDINGS = (
+    "_mask",
+    "_masks",
+    "_seg",
+    "_segmentation",
+    "_label",
+    "_labels",
+    "_gt",
+    "_leftimg8bit",
+    "_gtfine_labeltrainids",
+)
 
 
 def find_pairs(folder: Path) -> dict[str, tuple[Path, Path]]:

@@ -17,7 +17,7 @@ IGNORED = 255
 NUMBER_MODES = ("1", "L", "P", "I", "I;16", "I;16L", "I;16B", "I;16N")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Mask(datasets.Image):
     """A column of masks, which decode to the class of each pixel `(height, width)`, int64; `IGNORED` where none counts.
 
@@ -34,9 +34,9 @@ class Mask(datasets.Image):
     numbers: list[int] | None = None
 
     def decode_example(self, value: Any, token_per_repo_id: dict | None = None) -> np.ndarray:
-        return self.decode(value)
+        return self.read(value)
 
-    def decode(self, mask: Any) -> np.ndarray:
+    def read(self, mask: Any) -> np.ndarray:
         """Return the classes in an undecoded image.
 
         Raises:

@@ -69,7 +69,7 @@ def read_segmentation(
     names = [named[number] for number in range(len(named))] if named else _numbers_as_names(splits["train"], data)
     if len(names) > IGNORED:
         raise DataError(f"{len(names)} classes are too many; {IGNORED} can be told apart.")
-    feature = Mask(names, data.ignore_index, data.reduce_labels)
+    feature = Mask(names=names, ignore_index=data.ignore_index, reduce=data.reduce_labels)
     checked = {name: _checked(split, feature, name) for name, split in splits.items()}
     if id2label is not None:
         feature = replace(feature, numbers=_known_numbers(names, id2label, checked))
@@ -125,7 +125,11 @@ def _two_columns(split: datasets.Dataset, columns: tuple[str, str], name: str) -
             raise DataError(f"{flag}_column_name={column!r}: split {name!r} has no such column.")
     split = as_checked_images(split.with_format(None).select_columns(list(columns)), columns[0])
     # By way of other names, as a mask may be called "image"
-    for old, new in (*zip(columns, ("\0image", "\0mask"), strict=True), ("\0image", "image"), ("\0mask", "annotation")):
+    for old, new in (
+        *zip(columns, ("\0image", "\0mask"), strict=True),
+        ("\0image", "image"),
+        ("\0mask", "annotation"),
+    ):
         split = split.rename_column(old, new)
     return split.cast_column("annotation", datasets.Image(decode=False))
 
@@ -156,7 +160,7 @@ def _checked(split: datasets.Dataset, feature: Mask, name: str) -> datasets.Data
         except Exception as error:
             raise DataError(f"{sample}: the image cannot be read ({type(error).__name__}: {error}).") from error
         try:
-            mask = feature.decode(example["annotation"])
+            mask = feature.read(example["annotation"])
         except Exception as error:
             raise DataError(f"{sample}: the mask cannot be used: {error}.") from error
         if mask.shape != (height, width):

@@ -58,7 +58,8 @@ class SegmentationTransform:
 
     - "none": in training a random window of the image as it is, in evaluation the tile by its number.
     - "resize": the whole image, brought to the size of the window, whatever its aspect ratio.
-    - "resize_crop_flip": in training the image is scaled by 0.5 to 2 and a window mirrored or not; else as "none".
+    - "resize_crop_flip": in training the image is scaled by 0.5 to 2, half of the windows hold a pixel of a class that is
+      drawn among those of the image, and half are mirrored; in evaluation as "none".
 
     Args:
         image_processor: rescales and normalises.
@@ -66,7 +67,6 @@ class SegmentationTransform:
         augmentation: one of the names above.
         train: draw windows at random.
         seed: gives another stream of draws for the same state of torch's generator.
-        balanced: draw half of the windows around a pixel of a class, each class of the image alike.
     """
 
     image_processor: Any
@@ -74,7 +74,6 @@ class SegmentationTransform:
     augmentation: str = "none"
     train: bool = False
     seed: int = 0
-    balanced: bool = False
 
     def __post_init__(self) -> None:
         if self.augmentation not in AUGMENTATIONS:
@@ -133,13 +132,14 @@ class SegmentationTransform:
         return seen, self._cut(decided, tile.top, tile.left)
 
     def _drawn(self, image: Image.Image, mask: Any, draws: np.random.Generator) -> tuple[Image.Image, Any]:
-        if self.augmentation == "resize_crop_flip":
+        scaled = self.augmentation == "resize_crop_flip"
+        if scaled:
             scale = float(np.exp(draws.uniform(*np.log(_SCALES))))
             shape = (max(1, round(image.height * scale)), max(1, round(image.width * scale)))
             image = image.resize(shape[::-1], resampling(self.image_processor))
             mask = None if mask is None else _resized(mask, shape)
         spare = [max(0, side - size) for side, size in zip((image.height, image.width), self.size, strict=True)]
-        classes = np.unique(mask[mask != IGNORED]) if mask is not None and self.balanced else np.array([])
+        classes = np.unique(mask[mask != IGNORED]) if mask is not None and scaled else np.array([])
         if len(classes) and draws.random() < _BALANCED:
             rows, columns = np.nonzero(mask == draws.choice(classes))
             chosen = draws.integers(len(rows))
@@ -150,7 +150,7 @@ class SegmentationTransform:
         else:
             corner = [int(draws.integers(0, room + 1)) for room in spare]
         seen, target = self.window(image, *corner), None if mask is None else self._cut(mask, *corner)
-        if self.augmentation == "resize_crop_flip" and draws.random() < 0.5:
+        if scaled and draws.random() < 0.5:
             # What was filled up stays to the right of the image
             seen = seen.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             if target is not None:

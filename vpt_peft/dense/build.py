@@ -67,9 +67,7 @@ def build_segmenter(
         "label2id": {name: number for number, name in names.items()},
         "semantic_loss_ignore_index": ignore_index,
     }
-    backbone = AutoBackbone.from_pretrained(
-        path, config=_with_outputs(config, decoder), dtype=torch.float32, **source
-    )
+    backbone = AutoBackbone.from_pretrained(path, config=_with_outputs(config, decoder), dtype=torch.float32, **source)
     model: Any
     if decoder == "upernet":
         channels = backbone.channels
@@ -106,7 +104,9 @@ def _with_outputs(config: Any, decoder: str) -> Any:
     values.pop("out_features", None)
     if getattr(config, "depths", None) is not None:
         if decoder == "dpt":
-            raise ValueError(f"decoder='dpt' needs maps of one size, and model_type={config.model_type!r} halves them.")
+            raise ValueError(
+                f"decoder='dpt' needs maps of one size, and model_type={config.model_type!r} halves them."
+            )
         values["out_indices"] = [1, 2, 3, 4]
     else:
         values["out_indices"] = [block + 1 for block in _four(config.num_hidden_layers)]

@@ -58,15 +58,26 @@ class ViTSegmenterConfig(PreTrainedConfig):
         self.backbone_config = vision_config(backbone_config or AutoConfig.for_model("vit"))
         depth = self.backbone_config.num_hidden_layers
         self.blocks = [depth - 1] if blocks is None else list(blocks)
-        if not self.blocks or self.blocks != sorted(set(self.blocks)) or not 0 <= self.blocks[0] <= max(self.blocks) < depth:
+        if (
+            not self.blocks
+            or self.blocks != sorted(set(self.blocks))
+            or not 0 <= self.blocks[0] <= max(self.blocks) < depth
+        ):
             raise ValueError(f"blocks={self.blocks} must be some of the {depth} blocks 0..{depth - 1}, in order.")
         self.decoder, self.channels, self.dropout = decoder, channels, dropout
         self.semantic_loss_ignore_index = semantic_loss_ignore_index
         super().__init__(**kwargs)
 
 
+class PixelClassifier(nn.Conv2d):
+    """A 1x1 convolution onto the classes, which starts at zero: a random one would send its noise into the prompts."""
+
+    def __init__(self, channels: int, num_labels: int) -> None:
+        super().__init__(channels, num_labels, 1)
+
+
 class LinearDecoder(nn.Sequential):
-    """Batch norm, dropout and a 1x1 convolution, which starts at zero.
+    """Batch norm, dropout and a 1x1 convolution.
 
     Args:
         width: channels of the features.
@@ -78,7 +89,7 @@ class LinearDecoder(nn.Sequential):
         super().__init__()
         self.norm = nn.BatchNorm2d(width)
         self.dropout = nn.Dropout2d(dropout)
-        self.classifier = nn.Conv2d(width, num_labels, 1)
+        self.classifier = PixelClassifier(width, num_labels)
 
 
 class SetrPupDecoder(nn.Module):
@@ -103,7 +114,7 @@ class SetrPupDecoder(nn.Module):
             for before, after in zip(widths[:-1], widths[1:], strict=True)
         )
         self.dropout = nn.Dropout2d(dropout)
-        self.classifier = nn.Conv2d(channels, num_labels, 1)
+        self.classifier = PixelClassifier(channels, num_labels)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Turn features `(batch, width, height, width)` into logits, twice as high and wide with each step."""
@@ -174,9 +185,8 @@ class ViTForSemanticSegmentation(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, LinearDecoder | SetrPupDecoder):
-            # All classes are alike at first: a random layer would send its noise into the prompts
-            init.zeros_(module.classifier.weight)
+        if isinstance(module, PixelClassifier):
+            init.zeros_(module.weight)
 
     def forward(
         self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any

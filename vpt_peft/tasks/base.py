@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 DEFAULT_TASK = "image-classification"
 # pipeline tag: module of this package that holds its `TASK`
-_TASKS = {DEFAULT_TASK: "classification", "object-detection": "detection", "instance-segmentation": "instance"}
+_TASKS = {
+    DEFAULT_TASK: "classification",
+    "semantic-segmentation": "segmentation",
+    "object-detection": "detection",
+    "instance-segmentation": "instance",
+}
 
 
 @dataclass(frozen=True)
@@ -60,25 +65,29 @@ class Task(Protocol):
     Targets may be class numbers, masks or boxes; only the task looks into them.
 
     Attributes:
-        pipeline_tag: name on the Hub and in `transformers.pipeline`.
+        pipeline_tag: name of the task.
+        hub_tag: name on the Hub and in `transformers.pipeline`, where several tasks may have one.
         auto_class: class of transformers that loads models for the task.
         metrics: what an evaluation measures beside the loss.
         best_metric: the metric that chooses the best weights.
         label_names: keys of the targets in a batch, as `TrainingArguments.label_names`.
         has_cached_features: an image is seen in one way where it is not augmented, and its targets are read without it.
         finds_many: an image has any number of findings with a place, which can be drawn.
+        decoders: heads to choose among for an encoder that has none.
         refused_methods: methods of training that make no sense here.
         limits: what a card says such a model cannot do.
         example: code of a card that prints what `model` and `processor` make of `image`.
     """
 
     pipeline_tag: str
+    hub_tag: str
     auto_class: Any
     metrics: tuple[Metric, ...]
     best_metric: str
     label_names: tuple[str, ...]
     has_cached_features: bool
     finds_many: bool
+    decoders: tuple[str, ...]
     refused_methods: tuple[str, ...]
     limits: str
     example: str
@@ -113,7 +122,12 @@ class Task(Protocol):
         ...
 
     def load_model(
-        self, path: str, id2label: Mapping[int, str], source: Mapping[str, Any], image_processor: Any = None
+        self,
+        path: str,
+        id2label: Mapping[int, str],
+        source: Mapping[str, Any],
+        image_processor: Any = None,
+        decoder: str | None = None,
     ) -> PreTrainedModel:
         """Return a model for the task in float32: a checkpoint's own, or an encoder with a head of this package.
 
@@ -122,9 +136,10 @@ class Task(Protocol):
             id2label: the classes of the head.
             source: `revision`, `token` and `cache_dir`, as of `from_pretrained`.
             image_processor: of the run; a model that is built for one size takes it from there.
+            decoder: one of `decoders`, the head of an encoder; default: the task's choice.
 
         Raises:
-            ValueError: the checkpoint lacks weights, or cannot do the task.
+            ValueError: the checkpoint lacks weights, or cannot do the task, or there is no such decoder.
             OSError: there is no such model.
         """
         ...
@@ -145,6 +160,17 @@ class Task(Protocol):
         self, image_processor: Any, augmentation: str = "none", train: bool = False, seed: int = 0
     ) -> Callable[[dict[str, list]], dict[str, Any]]:
         """Return a transform for `Dataset.with_transform`: images and targets together to model input."""
+        ...
+
+    def rows(
+        self,
+        split: datasets.Dataset,
+        image_processor: Any,
+        augmentation: str = "none",
+        train: bool = False,
+        seed: int = 0,
+    ) -> datasets.Dataset:
+        """Return a split of `read` whose rows are model input; an image may have several in evaluation."""
         ...
 
     def collate(self, examples: list[Any]) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class LabelledImages:
 class ImageClassification:
     """One class per image, named by the label column of the data."""
 
-    pipeline_tag = DEFAULT_TASK
+    pipeline_tag = hub_tag = DEFAULT_TASK
     auto_class = AutoModelForImageClassification
     metrics = (Metric("accuracy", "Accuracy", "accuracy"), Metric("macro_f1", "Macro F1", "f1"))
     best_metric = "accuracy"
@@ -62,6 +62,7 @@ class ImageClassification:
     label_names = ("labels",)
     has_cached_features = True
     finds_many = False
+    decoders = ()
     refused_methods = ()
     example = (
         'logits = model(**processor(images=image, return_tensors="pt")).logits\n'
@@ -139,7 +140,12 @@ class ImageClassification:
         return datasets.DatasetDict({name: prepared[name] for name in data.limits if name in prepared})
 
     def load_model(
-        self, path: str, id2label: Mapping[int, str], source: Mapping[str, Any], image_processor: Any = None
+        self,
+        path: str,
+        id2label: Mapping[int, str],
+        source: Mapping[str, Any],
+        image_processor: Any = None,
+        decoder: str | None = None,
     ) -> PreTrainedModel:
         """Load a classifier; a head of another size starts at zero.
 
@@ -182,6 +188,17 @@ class ImageClassification:
     ) -> LabelledImages:
         """Return a transform of {"image", "label"} to {"pixel_values", "labels"}; see `build_transform`."""
         return LabelledImages(build_transform(image_processor, augmentation, train, seed))
+
+    def rows(
+        self,
+        split: datasets.Dataset,
+        image_processor: Any,
+        augmentation: str = "none",
+        train: bool = False,
+        seed: int = 0,
+    ) -> datasets.Dataset:
+        """Return a split whose rows are model input, one for each image."""
+        return split.with_transform(self.transform(image_processor, augmentation, train, seed))
 
     def collate(self, examples: list[Any]) -> dict[str, Any]:
         """Stack examples: "pixel_values" `(batch, 3, height, width)` and, if given, "labels" `(batch,)` int64."""

@@ -141,7 +141,7 @@ class DetectionMetrics:
 class ObjectDetection:
     """Boxes of several classes in each image."""
 
-    pipeline_tag = "object-detection"
+    pipeline_tag = hub_tag = "object-detection"
     auto_class = AutoModelForObjectDetection
     metrics = METRICS
     best_metric = "map"
@@ -149,6 +149,7 @@ class ObjectDetection:
     label_names = ("labels",)
     has_cached_features = False
     finds_many = True
+    decoders = ()
     refused_methods = ("mlp", "sidetune")
     example = (
         "from vpt_peft.tasks import get_task\n"
@@ -168,7 +169,12 @@ class ObjectDetection:
         return read_detection(data, token, cache_dir, id2label)
 
     def load_model(
-        self, path: str, id2label: Mapping[int, str], source: Mapping[str, Any], image_processor: Any = None
+        self,
+        path: str,
+        id2label: Mapping[int, str],
+        source: Mapping[str, Any],
+        image_processor: Any = None,
+        decoder: str | None = None,
     ) -> PreTrainedModel:
         """Load a detector of transformers, or a plain ViT with the head of `ViTFCOSForObjectDetection`."""
         config = AutoConfig.from_pretrained(path, **source)
@@ -208,6 +214,17 @@ class ObjectDetection:
         """
         random = JointAugmentation(seed) if train and augmentation == "resize_crop_flip" else None
         return DetectionTransform(Canvas(image_processor, *canvas_size(image_processor)), random)
+
+    def rows(
+        self,
+        split: datasets.Dataset,
+        image_processor: Any,
+        augmentation: str = "none",
+        train: bool = False,
+        seed: int = 0,
+    ) -> datasets.Dataset:
+        """Return a split whose rows are model input, one for each image."""
+        return split.with_transform(self.transform(image_processor, augmentation, train, seed))
 
     def collate(self, examples: list[Any]) -> dict[str, Any]:
         """Stack pixels `(batch, 3, height, width)`; labels stay a list, as images differ in their number of objects."""

@@ -152,6 +152,7 @@ class InstanceSegmentation:
     """A mask and a class for each object."""
 
     pipeline_tag = "instance-segmentation"
+    hub_tag = "image-segmentation"
     auto_class = AutoModelForUniversalSegmentation
     metrics = METRICS
     best_metric = "map"
@@ -159,6 +160,7 @@ class InstanceSegmentation:
     label_names = ("mask_labels", "class_labels")
     has_cached_features = False
     finds_many = True
+    decoders = ()
     refused_methods = ("mlp", "sidetune")
     example = (
         "from vpt_peft.tasks import get_task\n"
@@ -178,7 +180,12 @@ class InstanceSegmentation:
         return read_instances(data, token, cache_dir, id2label)
 
     def load_model(
-        self, path: str, id2label: Mapping[int, str], source: Mapping[str, Any], image_processor: Any = None
+        self,
+        path: str,
+        id2label: Mapping[int, str],
+        source: Mapping[str, Any],
+        image_processor: Any = None,
+        decoder: str | None = None,
     ) -> PreTrainedModel:
         """Load an EoMT, Mask2Former or MaskFormer of transformers, or make a plain ViT an EoMT."""
         config = AutoConfig.from_pretrained(path, **source)
@@ -225,6 +232,17 @@ class InstanceSegmentation:
         """
         random = JointAugmentation(seed) if train and augmentation == "resize_crop_flip" else None
         return InstanceTransform(Canvas(image_processor, *canvas_size(image_processor)), random)
+
+    def rows(
+        self,
+        split: datasets.Dataset,
+        image_processor: Any,
+        augmentation: str = "none",
+        train: bool = False,
+        seed: int = 0,
+    ) -> datasets.Dataset:
+        """Return a split whose rows are model input, one for each image."""
+        return split.with_transform(self.transform(image_processor, augmentation, train, seed))
 
     def collate(self, examples: list[Any]) -> dict[str, Any]:
         """Stack pixels `(batch, 3, height, width)`; masks and classes stay lists, as images differ in their number."""

@@ -6,7 +6,6 @@ Models of transformers train as they are; a plain ViT gets a small head of `vpt_
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import batched
 from typing import Any
 
 import datasets
@@ -20,9 +19,11 @@ from ..data.canvas import canvas_size
 from ..data.masks import IGNORED
 from ..data.segmentation import read_segmentation
 from ..data.windows import SegmentationTransform, tiles
-from ..dense.build import build_segmenter
+from ..dense.build import SEGMENTATION_DECODERS, build_segmenter
+from ..dense.mask_classifier import EomtForSemanticSegmentation  # noqa: F401 - registers itself
 from ..dense.segmenter import enlarge
-from ..plots.overlay import draw_classes
+from ..plots.segments import draw_classes
+from .instance import run_lengths
 from .loading import load_pretrained, quiet_loading
 from .mean_iou import METRICS, SegmentationMetrics, count_pixels
 
@@ -35,6 +36,7 @@ class SemanticSegmentation:
     """The class of every pixel."""
 
     pipeline_tag = "semantic-segmentation"
+    hub_tag = "image-segmentation"
     auto_class = AutoModelForSemanticSegmentation
     metrics = METRICS
     best_metric = "mean_iou"
@@ -42,6 +44,7 @@ class SemanticSegmentation:
     label_names = ("labels",)
     has_cached_features = False
     finds_many = True
+    decoders = SEGMENTATION_DECODERS
     refused_methods = ("mlp", "sidetune")
     example = (
         "from vpt_peft.tasks import get_task\n"
@@ -61,7 +64,12 @@ class SemanticSegmentation:
         return read_segmentation(data, token, cache_dir, id2label)
 
     def load_model(
-        self, path: str, id2label: Mapping[int, str], source: Mapping[str, Any], decoder: str | None = None
+        self,
+        path: str,
+        id2label: Mapping[int, str],
+        source: Mapping[str, Any],
+        image_processor: Any = None,
+        decoder: str | None = None,
     ) -> PreTrainedModel:
         """Load a segmenter of transformers, or an encoder with a fresh head.
 
@@ -69,6 +77,7 @@ class SemanticSegmentation:
             path: Hub id or folder.
             id2label: the classes.
             source: `revision`, `token` and `cache_dir`.
+            image_processor: not used, as images may have any size.
             decoder: the head of an encoder: "linear", "linear_4" (over four blocks), "setr_pup", "upernet" or "dpt";
                 default: "linear".
 
@@ -131,7 +140,9 @@ class SemanticSegmentation:
 
     def measurable(self, model: Any, predictions: Any, labels: torch.Tensor) -> torch.Tensor:
         """Return the confusion matrix of each window, `(batch, classes, classes)`, at the size of the labels."""
-        logits = next(value for value in predictions if torch.is_tensor(value) and value.ndim == 4)
+        # Trainer unpacks what stands alone
+        given = (predictions,) if torch.is_tensor(predictions) else predictions
+        logits = next(value for value in given if torch.is_tensor(value) and value.ndim == 4)
         classes = enlarge(logits, labels.shape[-2:]).argmax(1)
         return count_pixels(classes, labels, model.config.num_labels, IGNORED)
 
@@ -157,14 +168,17 @@ class SemanticSegmentation:
             pixels = torch.stack(transform({"image": [image]})["pixel_values"]).to(device)
             return enlarge(model(pixel_values=pixels).logits, shape)[0].softmax(0).cpu()
         found = torch.empty(model.config.num_labels, *shape)
-        for some in batched(enumerate(tiles(shape, transform.size)), _WINDOWS):
-            numbers = [number for number, _ in some]
-            batch = transform({"image": [image] * len(some), "tile": numbers})
+        covering = tiles(shape, transform.size)
+        for start in range(0, len(covering), _WINDOWS):
+            some = covering[start : start + _WINDOWS]
+            batch = transform({"image": [image] * len(some), "tile": list(range(start, start + len(some)))})
             logits = model(pixel_values=torch.stack(batch["pixel_values"]).to(device)).logits
-            for (_, tile), scores in zip(some, enlarge(logits, transform.size).softmax(1).cpu(), strict=True):
+            for tile, scores in zip(some, enlarge(logits, transform.size).softmax(1).cpu(), strict=True):
                 rows, columns = slice(*tile.rows), slice(*tile.columns)
                 found[:, rows, columns] = scores[
-                    :, rows.start - tile.top : rows.stop - tile.top, columns.start - tile.left : columns.stop - tile.left
+                    :,
+                    rows.start - tile.top : rows.stop - tile.top,
+                    columns.start - tile.left : columns.stop - tile.left,
                 ]
         return found
 
@@ -180,8 +194,8 @@ class SemanticSegmentation:
         """Return the classes in each RGB image, the largest first.
 
         Returns:
-            [{"label", "score", "share", "xmin", "ymin", "xmax", "ymax", "segmentation"}, ...]: the mean probability of
-            its pixels, their share of the image, the box around them, and COCO's run lengths of them.
+            [{"label", "score", "share", "area", "xmin", "ymin", "xmax", "ymax", "segmentation"}, ...]: the mean probability of
+            its pixels, their share of the image and number, the box around them, and COCO's run lengths of them.
         """
         names = {int(number): name for number, name in model.config.id2label.items()}
         rows = []
@@ -213,20 +227,13 @@ def _finding(label: str, mask: np.ndarray, scores: np.ndarray) -> dict[str, Any]
         "label": label,
         "score": float(scores[mask].mean()),
         "share": float(mask.mean()),
+        "area": int(mask.sum()),
         "xmin": int(columns[0]),
         "ymin": int(rows[0]),
         "xmax": int(columns[-1]) + 1,
         "ymax": int(rows[-1]) + 1,
-        "segmentation": encode_mask(mask),
+        "segmentation": run_lengths(torch.from_numpy(mask)[None])[0],
     }
-
-
-def encode_mask(mask: np.ndarray) -> dict[str, Any]:
-    """Return a boolean mask `(height, width)` as COCO's compressed run lengths: {"size", "counts"}."""
-    from faster_coco_eval.core import mask as coco
-
-    encoded = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
 
 
 def decode_mask(encoded: Mapping[str, Any]) -> np.ndarray:

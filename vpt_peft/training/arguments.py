@@ -42,6 +42,16 @@ class ModelArguments:
     cache_dir: str | None = field(default=None, metadata={"help": "Where Hub downloads are kept."})
     token: str | None = field(default=None, metadata={"help": "Hub token for private models and data."})
     task: str = field(default=DEFAULT_TASK, metadata={"help": "What the model learns.", "choices": list(task_names())})
+    decoder: str | None = field(
+        default=None,
+        metadata={"help": "semantic-segmentation: an encoder's head: linear, linear_4, setr_pup, upernet, dpt."},
+    )
+
+    def __post_init__(self) -> None:
+        decoders = get_task(self.task).decoders
+        if self.decoder is not None and self.decoder not in decoders:
+            fitting = f"choose one of {', '.join(decoders)}" if decoders else "drop it"
+            raise ValueError(f"decoder={self.decoder!r} is not for task={self.task!r}; {fitting}.")
 
 
 @dataclass

@@ -61,7 +61,7 @@ def evaluate_model(
     splits = task.read(data, token=token, id2label=names)
     if split not in splits:
         raise DataError(f"split={split!r} is not in {data.dataset_name!r}, which has {', '.join(splits)}.")
-    rows = splits[split].with_transform(task.transform(image_processor, data.augmentation))
+    rows = task.rows(splits[split], image_processor, data.augmentation)
     device, compute_metrics = next(model.parameters()).device, task.compute_metrics()
     model.eval()
     total, seen = 0.0, 0
@@ -76,7 +76,7 @@ def evaluate_model(
         targets = tuple(inputs[name] for name in task.label_names)
         predictions = task.measurable(base_model(model), predictions, targets[0] if len(targets) == 1 else targets)
         metrics = compute_metrics(EvalPrediction(predictions, targets), compute_result=seen == len(rows))
-    return {**metrics, "loss": total / seen, "samples": seen}
+    return {**metrics, "loss": total / seen, "samples": len(splits[split])}
 
 
 def predict_images(

@@ -61,7 +61,7 @@ def write_card(
     local_data, data_name = Path(data.dataset_name).exists(), _public_name(data.dataset_name)
     metadata = {
         "model_name": folder.resolve().name,
-        "pipeline_tag": task.pipeline_tag,
+        "pipeline_tag": task.hub_tag,
         "library_name": "peft" if peft_tag else "transformers",
         "tags": ["vpt_peft", task.pipeline_tag, "vision", method.method, *peft_tag],
         "base_model": _public_name(arguments.model.model_name_or_path),
@@ -133,7 +133,7 @@ def _snippet(arguments: Arguments, task: Task, folder: Path, model_class: str) -
         f"with torch.no_grad():\n{indent(task.example, '    ')}\n"
     )
     # transformers does not know the heads of this package
-    if method not in (*PROMPT_METHODS, "lora") or not hasattr(transformers, model_class):
+    if method not in (*PROMPT_METHODS, "lora") or not hasattr(transformers, model_class) or arguments.model.decoder:
         return (
             "import torch\nfrom PIL import Image\nfrom vpt_peft.training.inference import load_adapter_model\n\n"
             f"{target}model, processor = load_adapter_model(adapter)\n{use}"
@@ -173,7 +173,7 @@ def _loading_note(arguments: Arguments, task: Task, folder: Path) -> str:
     model = arguments.model
     name, revision = resolve_model_path(model.model_name_or_path), model.model_revision or "main"
     config = AutoConfig.from_pretrained(name, revision=revision, token=model.token, cache_dir=model.cache_dir)
-    if type(config) not in task.auto_class._model_mapping:
+    if type(config) not in task.auto_class._model_mapping or model.decoder is not None:
         # Checkpoints of ViTMAE, say, for which transformers has no such class
         return ""
     # The package, and so the backbone in it, lies at another path elsewhere
@@ -181,6 +181,6 @@ def _loading_note(arguments: Arguments, task: Task, folder: Path) -> str:
     return (
         f"{'On the machine that wrote this folder, ' if embedded else ''}"
         f"`{task.auto_class.__name__}.from_pretrained(adapter)` loads it too, and so does "
-        f'`pipeline("{task.pipeline_tag}", adapter, image_processor=adapter)`. Without `image_processor`, `pipeline` '
+        f'`pipeline("{task.hub_tag}", adapter, image_processor=adapter)`. Without `image_processor`, `pipeline` '
         "takes the image processor of the base model."
     )

@@ -90,8 +90,14 @@ def load_adapter_model(
     """
     folder = local_folder(path_or_id, revision, subfolder, token, cache_dir)
     check_files(folder)
-    task = get_task(read_record(folder).get("task", DEFAULT_TASK))
-    source: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "task": task.pipeline_tag}
+    record = read_record(folder)
+    task = get_task(record.get("task", DEFAULT_TASK))
+    source: dict[str, Any] = {
+        "token": token,
+        "cache_dir": cache_dir,
+        "task": task.pipeline_tag,
+        "decoder": record.get("decoder"),
+    }
     has_processor = (folder / "preprocessor_config.json").is_file() or (folder / "processor_config.json").is_file()
     processor = AutoImageProcessor.from_pretrained(folder) if has_processor else None
     spec = read_baseline_spec(folder)

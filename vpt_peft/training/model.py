@@ -96,7 +96,8 @@ def load_backbone(
     }
     with _named(model_args):
         path = resolve_model_path(model_args.model_name_or_path)
-        return get_task(model_args.task).load_model(path, id2label, source, image_processor=image_processor)
+        task = get_task(model_args.task)
+        return task.load_model(path, id2label, source, image_processor, model_args.decoder)
 
 
 def build_model(

@@ -71,9 +71,7 @@ def train(arguments: Arguments, with_test: bool = True) -> dict[str, float]:
     images = {name: len(split) for name, split in splits.items()}
     processor = task.prepare_processor(load_image_processor(model_args), data_args)
     rows = {
-        name: split.with_transform(
-            task.transform(processor, data_args.augmentation, train=name == "train", seed=training.seed)
-        )
+        name: task.rows(split, processor, data_args.augmentation, train=name == "train", seed=training.seed)
         for name, split in splits.items()
     }
 
