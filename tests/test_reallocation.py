@@ -8,6 +8,7 @@ from peft import PeftModel, get_peft_model
 from small_models import images, randomize, tiny_vit
 
 from vpt_peft import VPTConfig, reallocate_prompts
+from vpt_peft.reallocation import _scores
 from vpt_peft.tuners.vpt.parameters import find_parameters
 
 
@@ -53,6 +54,10 @@ def test_the_worst_prompt_goes_where_prompts_help_most():
     source = max((b for b in range(3) if b != goal), key=lambda block: max(scores[block]))
     row = max(range(3), key=lambda index: scores[source][index])
     assert scores[source][row] > 1e-6
+    parameters = find_parameters(model)
+    prompts = dict(enumerate(parameters.adapter("default").parts["prompts"].parameters()))  # type: ignore[union-attr]
+    found = _scores(model, parameters, "default", prompts, batches())  # type: ignore[arg-type]
+    assert torch.allclose(torch.stack(list(found.values())), torch.tensor(scores, dtype=torch.float64), atol=1e-6)
     counts = reallocate_prompts(model, batches())
     assert counts == {b: 3 + (b == goal) - (b == source) for b in range(3)}
     wanted = list(before)
