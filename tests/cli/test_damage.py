@@ -1,6 +1,7 @@
 """Damaged files, flags out of range and places that cannot be used: one line that names the culprit."""
 
 import json
+import os
 
 import pytest
 
@@ -55,6 +56,66 @@ def test_missing_files_are_named(adapter, capsys, method, name, message):
     (out / name).unlink()
     assert main(["evaluate", str(out)]) == 2
     assert message in last_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "values", "message"),
+    [
+        ("vpt", "adapter_config.json", {"num_virtual_tokens": "3"}, "num_virtual_tokens='3' must be an integer"),
+        ("vpt", "adapter_config.json", {"id2label": {"0": "a", "2": "b"}}, "without gaps"),
+        ("vpt", "adapter_config.json", {"id2label": 7}, "id2label=7 must be a dict"),
+        ("vpt", "adapter_config.json", {"peft_type": "NONE"}, "adapter_config.json cannot be used"),
+        ("vpt", "adapter_config.json", {"peft_type": None}, "adapter_config.json cannot be used"),
+        ("vpt", "adapter_config.json", {"base_model_name_or_path": None}, "names no backbone; give base_model"),
+        ("vpt", "training_config.json", {"task": "no-such-task"}, "no-such-task"),
+        (
+            "vpt",
+            "preprocessor_config.json",
+            {"image_std": [0.5, 0.0, 0.5]},
+            "image_std=[0.5, 0.0, 0.5] must not hold 0",
+        ),
+        ("vpt", "preprocessor_config.json", {"image_mean": [float("nan")] * 3}, "image_mean=[nan, nan, nan]"),
+        ("vpt", "preprocessor_config.json", {"rescale_factor": float("inf")}, "rescale_factor=inf"),
+        ("vpt", "preprocessor_config.json", {"image_processor_type": 5}, "image processor"),
+        ("lora", "config.json", {"id2label": {"0": "a", "7": "b"}}, "config.json"),
+        ("lora", "config.json", {"id2label": [1]}, "config.json"),
+        ("linear", "vpt_peft_baseline.json", {"method": None}, "method=None is unknown"),
+        ("linear", "vpt_peft_baseline.json", {"more": 1}, "vpt_peft_baseline.json was not written by"),
+    ],
+)
+def test_fields_of_files_are_named(adapter, capsys, method, name, values, message):
+    out = adapter(method)
+    (out / name).write_text(json.dumps({**json.loads((out / name).read_text()), **values}))
+    assert main(["evaluate", str(out)]) == 2
+    assert message in last_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        ("vpt", "adapter_config.json"),
+        ("vpt", "training_config.json"),
+        ("vpt", "preprocessor_config.json"),
+        ("lora", "config.json"),
+        ("linear", "vpt_peft_baseline.json"),
+    ],
+)
+def test_files_that_hold_no_object(adapter, capsys, method, name):
+    out = adapter(method)
+    for content in ("null", "[]", "7", '"text"'):
+        (out / name).write_text(content)
+        assert main(["evaluate", str(out)]) == 2
+        assert f"{out / name} holds a JSON" in last_line(capsys)
+    (out / name).unlink()
+    os.mkfifo(out / name)
+    assert main(["evaluate", str(out)]) == 2
+    assert f"{str(out / name)!r} is not a regular file" in last_line(capsys)
+
+
+def test_the_users_own_files_beside_an_adapter(adapter):
+    out = adapter("vpt")
+    (out / "table.json").write_text("[]")
+    assert main(["evaluate", str(out)]) == 0
 
 
 def test_output_files_are_checked_before_the_work(adapter, capsys, tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import datasets
 
+from ..files import read_json
 from .digits import DIGITS
 from .images import IMAGE_SUFFIXES, DataError, DataNotFoundError
 from .listed import is_listed, read_listed
@@ -118,8 +118,8 @@ def read_id2label(path: Path) -> dict[int, str] | None:
     if not path.exists():
         return None
     try:
-        id2label = {int(key): str(value) for key, value in json.loads(path.read_text(encoding="utf-8")).items()}
-    except (OSError, ValueError, AttributeError) as error:
+        id2label = {int(key): str(value) for key, value in read_json(path).items()}
+    except (OSError, ValueError) as error:
         raise DataError(f'{path} cannot be read ({error}); it must look like {{"0": "cat", "1": "dog"}}.') from error
     if sorted(id2label) != list(range(len(id2label))) or len(set(id2label.values())) < len(id2label):
         raise DataError(f"{path} must give each of the keys 0..{len(id2label) - 1} once, each with its own name.")

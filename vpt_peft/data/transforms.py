@@ -7,6 +7,7 @@ here the checkpoint decides, as its weights were trained with those values.)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -125,6 +126,23 @@ def build_transform(
     size, fixed = _input_size(image_processor)
     as_shipped = augmentation == "none" and fixed
     return ImageTransform(image_processor, size, augmentation, train, seed, as_shipped)
+
+
+def check_processor(image_processor: Any) -> None:
+    """Check the numbers that an image processor normalises with.
+
+    Raises:
+        ValueError: a mean, deviation or factor is no finite number, or a deviation is 0.
+    """
+    for name in ("image_mean", "image_std", "rescale_factor"):
+        value = getattr(image_processor, name, None)
+        value = list(value) if isinstance(value, tuple) else value
+        numbers = [] if value is None else value if isinstance(value, list) else [value]
+        for number in numbers:
+            if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+                raise ValueError(f"preprocessor_config.json: {name}={value!r} must hold finite numbers.")
+            if number == 0 and name != "image_mean":
+                raise ValueError(f"preprocessor_config.json: {name}={value!r} must not hold 0.")
 
 
 def _input_size(image_processor: Any) -> tuple[tuple[int, int], bool]:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..files import read_json
 from ..methods.structure import Classifier, base_model
 from .model import SPEC_ATTRIBUTE, BaselineSpec
 
@@ -67,7 +68,7 @@ def save_trained(model: Classifier, folder: str | Path) -> None:
 
 def labels_of_adapter(folder: str | Path) -> dict[int, str] | None:
     """Return the labels in the `adapter_config.json` of a folder, or None where it has none."""
-    config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_json(Path(folder) / "adapter_config.json")
     labels = config.get("id2label")
     return {int(number): name for number, name in labels.items()} if labels else None
 
@@ -119,9 +120,10 @@ def read_baseline_spec(folder: str | Path) -> BaselineSpec | None:
         ValueError: the file is there, but is not such a spec.
     """
     path = Path(folder) / BASELINE_CONFIG
-    if not path.is_file():
+    if not path.exists():
         return None
+    values = read_json(path)
     try:
-        return BaselineSpec(**json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, json.JSONDecodeError) as error:
+        return BaselineSpec(**values)
+    except TypeError as error:
         raise ValueError(f"{path} was not written by a training run of vpt_peft: {error}") from error

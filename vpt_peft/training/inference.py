@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoImageProcessor
 
+from ..data.transforms import check_processor
 from ..embedded import EMBEDDED_FOLDERS
-from ..files import RUN_RECORD
+from ..files import RUN_RECORD, open_regular, read_json
 from ..methods.structure import Classifier
+from ..peft_model import read_config
 from ..tasks import get_task
 from ..tasks.base import DEFAULT_TASK
 from .arguments import ModelArguments
@@ -99,7 +101,7 @@ def load_adapter_model(
         "decoder": record.get("decoder"),
     }
     has_processor = (folder / "preprocessor_config.json").is_file() or (folder / "processor_config.json").is_file()
-    processor = AutoImageProcessor.from_pretrained(folder) if has_processor else None
+    processor = _load_processor(folder) if has_processor else None
     spec = read_baseline_spec(folder)
     model: Classifier
     if spec is None:
@@ -107,12 +109,11 @@ def load_adapter_model(
             raise ValueError(
                 f"{str(path_or_id)!r} holds no adapter_config.json; give the output folder of a training run."
             )
-        import vpt_peft  # noqa: F401 - registers the methods, which PeftConfig looks up by name
-
-        config = PeftConfig.from_pretrained(str(folder))
-        backbone = ModelArguments(
-            base_model or backbone_name(config.base_model_name_or_path), config.revision, **source
-        )
+        config = _load_config(folder)
+        name = base_model or config.base_model_name_or_path
+        if not isinstance(name, str):
+            raise ValueError(f"{folder}: base_model_name_or_path={name!r} names no backbone; give base_model.")
+        backbone = ModelArguments(base_model or backbone_name(name), config.revision, **source)
         base = load_backbone(backbone, _labels(folder, backbone), processor)
         try:
             model = PeftModel.from_pretrained(base, str(folder))
@@ -148,8 +149,10 @@ def check_files(folder: Path) -> None:
         ValueError: a file is damaged.
     """
     for path in sorted(folder.glob("*.json")):
-        _parse(path)
+        if any(fnmatch(path.name, pattern) for pattern in SHARED_FILES):
+            read_json(path)
     for path in sorted(folder.glob("*.safetensors")):
+        open_regular(path).close()
         try:
             with safe_open(path, framework="pt"):
                 pass
@@ -159,11 +162,29 @@ def check_files(folder: Path) -> None:
         raise FileNotFoundError(f"{folder} has an adapter_config.json, but no adapter_model.safetensors beside it.")
 
 
-def _parse(path: Path) -> Any:
+def _load_config(folder: Path) -> PeftConfig:
+    import vpt_peft  # noqa: F401 - registers the methods, which PeftConfig looks up by name
+
+    config = read_config(folder)
+    if config is None:
+        path = folder / "adapter_config.json"
+        try:
+            config = PeftConfig.from_pretrained(str(folder))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} cannot be used ({type(error).__name__}: {error}); correct the field.") from error
+    return config
+
+
+def _load_processor(folder: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); download it again, or repeat the training.") from error
+        processor = AutoImageProcessor.from_pretrained(folder)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{folder}: its image processor cannot be made ({type(error).__name__}: {error}); correct "
+            "preprocessor_config.json, or take the backbone's."
+        ) from error
+    check_processor(processor)
+    return processor
 
 
 def _labels(folder: Path, backbone: ModelArguments) -> dict[int, str]:
@@ -172,7 +193,13 @@ def _labels(folder: Path, backbone: ModelArguments) -> dict[int, str]:
     if labels is not None:
         return labels
     if (folder / "config.json").is_file():
-        return dict(AutoConfig.from_pretrained(folder).id2label)
+        try:
+            labels = {int(number): str(name) for number, name in AutoConfig.from_pretrained(folder).id2label.items()}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / 'config.json'} cannot be used ({error}); download it again.") from error
+        if sorted(labels) != list(range(len(labels))):
+            raise ValueError(f"{folder / 'config.json'}: the keys of id2label must be 0 to {len(labels) - 1}.")
+        return labels
     logger.warning("%s has no labels; their names and number are taken from the backbone.", folder)
     source = resolve_model_path(backbone.model_name_or_path)
     config = AutoConfig.from_pretrained(source, token=backbone.token, cache_dir=backbone.cache_dir)
@@ -182,7 +209,7 @@ def _labels(folder: Path, backbone: ModelArguments) -> dict[int, str]:
 def read_record(folder: str | Path) -> dict[str, Any]:
     """Return the arguments a folder was trained with, or {} where they are not known."""
     path = Path(folder) / RUN_RECORD
-    return _parse(path) if path.is_file() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def move_to(model: Classifier, device: str) -> Classifier:

@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ..data.transforms import check_processor
 from ..embedded import EMBEDDED_FOLDERS, embedded_path
 from ..methods import METHODS, MethodOptions
 from ..methods.apply import apply_method
@@ -51,14 +52,17 @@ def load_image_processor(model_args: ModelArguments) -> Any:
 
     Raises:
         OSError: there is no such model, or it comes without an image processor.
+        ValueError: the processor's numbers cannot be used.
     """
     with _named(model_args):
-        return AutoImageProcessor.from_pretrained(
+        processor = AutoImageProcessor.from_pretrained(
             resolve_model_path(model_args.model_name_or_path),
             revision=model_args.model_revision or "main",
             cache_dir=model_args.cache_dir,
             token=model_args.token,
         )
+    check_processor(processor)
+    return processor
 
 
 @contextmanager
