@@ -31,19 +31,31 @@ def test_generalised_iou_is_that_of_transformers():
     torch.testing.assert_close(generalised_iou(a, b), generalized_box_iou(a, b).diagonal())
 
 
+def sorted_boxes(seed):
+    boxes, scores = random_boxes(200, seed), torch.rand(200, generator=torch.Generator().manual_seed(seed + 9))
+    return boxes[scores.argsort(descending=True)]
+
+
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.7])
 def test_suppression_is_the_greedy_one(threshold):
-    boxes, scores = random_boxes(200), torch.rand(200, generator=torch.Generator().manual_seed(2))
-    classes = torch.arange(200) % 3
-    kept = []
-    for index in scores.argsort(descending=True).tolist():
-        rivals = [k for k in kept if classes[k] == classes[index]]
-        if not rivals or pairwise_iou(boxes[[index]], boxes[rivals]).max() <= threshold:
-            kept.append(index)
-    assert suppress(boxes, scores, classes, threshold).tolist() == kept
-    assert 3 < len(kept) < 200
+    batch, classes = torch.stack([sorted_boxes(0), sorted_boxes(1)]), (torch.arange(200) % 3).expand(2, -1)
+    found = suppress(batch, classes, threshold)
+    for boxes, keeps in zip(batch, found, strict=True):
+        kept: list[int] = []
+        for index in range(200):
+            rivals = [k for k in kept if classes[0, k] == classes[0, index]]
+            if not rivals or pairwise_iou(boxes[[index]], boxes[rivals]).max() <= threshold:
+                kept.append(index)
+        assert torch.where(keeps)[0].tolist() == kept
+        assert 3 < len(kept) < 200
+
+
+def test_a_chain_of_boxes_settles():
+    # Each overlaps the next one alone: every second one stays
+    left = torch.arange(40.0)[:, None] * 6
+    boxes = torch.cat([left, torch.zeros_like(left), left + 10, torch.ones_like(left)], -1)
+    assert suppress(boxes[None], torch.zeros(1, 40, dtype=torch.long), 0.2)[0].tolist() == [True, False] * 20
 
 
 def test_nothing_to_suppress():
-    none = torch.zeros(0)
-    assert suppress(torch.zeros(0, 4), none, none.long(), 0.5).tolist() == []
+    assert suppress(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.long), 0.5).shape == (2, 0)

@@ -14,6 +14,7 @@ from transformers import (
     SwinConfig,
     ViTConfig,
     ViTForImageClassification,
+    ViTImageProcessorPil,
     ViTMAEConfig,
     ViTMAEForPreTraining,
 )
@@ -23,6 +24,7 @@ from vpt_peft.dense.boxes import corners
 from vpt_peft.dense.detector import ViTFCOSConfig, ViTFCOSForObjectDetection
 from vpt_peft.dense.fcos import Locations, Predictions, detection_loss, focal_loss
 from vpt_peft.dense.plain_vit import patch_map
+from vpt_peft.export import export_model
 
 
 TINY = {
@@ -234,6 +236,18 @@ def test_an_adapter_travels_with_its_classes(tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(pixel_values=images()).logits, adapted(pixel_values=images()).logits)
     assert loaded.config.id2label == NAMES
+
+
+def test_it_is_exported_with_its_suppression(model, tmp_path):
+    adapted = get_peft_model(make(), VPTConfig(num_virtual_tokens=2)).eval()
+    processor = ViTImageProcessorPil(size={"height": 40, "width": 48})
+    path = export_model(adapted, tmp_path, "torch", image_processor=processor)
+    exported = torch.export.load(path).module()(images(count=3))
+    with torch.no_grad():
+        expected = adapted(pixel_values=images(count=3))
+    assert (expected.logits.sigmoid() == 0).any()
+    torch.testing.assert_close(exported["logits"].sigmoid(), expected.logits.sigmoid(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(exported["pred_boxes"], expected.pred_boxes, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

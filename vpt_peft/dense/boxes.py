@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 
 
+_EXPORTED_TURNS = 16
+
+
 def corners(boxes: torch.Tensor) -> torch.Tensor:
     """Return boxes `(..., 4)` of centre, width and height as left, top, right, bottom."""
     centre, half = boxes[..., :2], boxes[..., 2:] / 2
@@ -38,32 +41,36 @@ def generalised_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def pairwise_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return the IoU `(n, m)` of boxes `(n, 4)` with boxes `(m, 4)`, given by their corners."""
-    overlap, union = _overlap_and_union(a[:, None], b[None])
+    """Return the IoU `(..., n, m)` of boxes `(..., n, 4)` with boxes `(..., m, 4)`, given by their corners."""
+    overlap, union = _overlap_and_union(a[..., :, None, :], b[..., None, :, :])
     return overlap / union.clamp(min=torch.finfo(union.dtype).eps)
 
 
-def suppress(boxes: torch.Tensor, scores: torch.Tensor, classes: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Return the indices that greedy non-maximum suppression keeps in each class, the best first.
+def suppress(boxes: torch.Tensor, classes: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Return which boxes greedy non-maximum suppression keeps in each class.
 
-    A box goes if a kept one of its class and with a higher score overlaps it by more than the threshold. Whether the
-    n-th box stays depends on those before it alone, so repeating the rule for all at once settles.
+    A box goes if a kept one of its class that comes before it overlaps it by more than the threshold. Whether the n-th
+    box stays depends on those before it alone, so repeating the rule for all at once settles. A graph that is exported
+    has a fixed number of turns, which is as many as a chain of boxes, each beaten by the one before, can be long.
 
     Args:
-        boxes: `(n, 4)`, corners.
-        scores: `(n,)`.
-        classes: `(n,)`, integers.
+        boxes: `(batch, n, 4)`, corners, the best first.
+        classes: `(batch, n)`, integers.
         threshold: IoU in [0, 1].
+
+    Returns:
+        `(batch, n)`, boolean.
     """
-    order = scores.argsort(descending=True, stable=True)
-    boxes, classes = boxes[order], classes[order]
-    beaten = ((pairwise_iou(boxes, boxes) > threshold) & (classes[:, None] == classes)).triu(diagonal=1)
-    kept = torch.ones_like(order, dtype=torch.bool)
-    while True:
-        updated = ~(beaten & kept[:, None]).any(0)
-        if torch.equal(updated, kept):
-            return order[kept]
+    same = classes[:, :, None] == classes[:, None]
+    beaten = ((pairwise_iou(boxes, boxes) > threshold) & same).triu(diagonal=1)
+    kept = torch.ones_like(classes, dtype=torch.bool)
+    exporting = torch.compiler.is_exporting()
+    for _ in range(_EXPORTED_TURNS if exporting else classes.shape[1] + 1):
+        updated = ~(beaten & kept[:, :, None]).any(1)
+        if not exporting and torch.equal(updated, kept):
+            break
         kept = updated
+    return kept
 
 
 def _overlap_and_union(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -180,14 +180,11 @@ class ViTFCOSForObjectDetection(PreTrainedModel):
     @torch.no_grad()
     def _suppress(self, boxes: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Set the scores of boxes that a better one of their class covers, and of all but the best candidates, to 0."""
-        kept = torch.zeros_like(scores)
         classes = scores.shape[-1]
-        for image, (found, sides) in enumerate(zip(scores.flatten(1), boxes, strict=True)):
-            best = found.topk(min(_CANDIDATES, len(found))).indices
-            of_best = corners(sides[best // classes])
-            best = best[suppress(of_best, found[best], best % classes, self.config.nms_threshold)]
-            kept[image].view(-1)[best] = found[best]
-        return kept
+        found, best = scores.flatten(1).topk(min(_CANDIDATES, scores.shape[1] * classes))
+        of_best = torch.gather(corners(boxes), 1, (best // classes)[..., None].expand(-1, -1, 4))
+        kept = suppress(of_best, best % classes, self.config.nms_threshold)
+        return torch.zeros_like(scores).flatten(1).scatter(1, best, found * kept).view_as(scores)
 
 
 AutoConfig.register(ViTFCOSConfig.model_type, ViTFCOSConfig)
