@@ -14,7 +14,8 @@ def run(argv: Sequence[str]) -> int:
     """Train on the embedded backbones and digits, print the table and say where things are."""
     parser = argparse.ArgumentParser(
         prog="vpt-peft demo",
-        description="Fine-tune the embedded backbones on handwritten digits, offline: a linear probe against prompts.",
+        description="Fine-tune the embedded backbones on handwritten digits, offline: prompts between a linear probe and "
+        "full fine-tuning.",
     )
     parser.add_argument("--output_dir", default="out/demo", help="gets adapters, table and picture")
     parser.add_argument("--num_train_epochs", type=float, help="epochs of every row, instead of its own")
@@ -22,9 +23,9 @@ def run(argv: Sequence[str]) -> int:
     options = parser.parse_args(list(argv))
     from transformers.utils import logging as transformers_logging
 
-    from .demo_runs import SHOWN, as_markdown, run_demo
+    from .demo_runs import SHOWN, as_markdown, run_demo, summary
 
-    # Six runs: one line and one bar each, not what a single run tells
+    # Many runs: one line and one bar each, not what a single run tells
     logging.getLogger("vpt_peft").setLevel(logging.WARNING)
     logging.getLogger("vpt_peft.cli.demo_runs").setLevel(logging.INFO)
     transformers_logging.disable_progress_bar()
@@ -34,7 +35,7 @@ def run(argv: Sequence[str]) -> int:
     epochs = options.num_train_epochs
     rows = run_demo(options.output_dir, options.seed, {} if epochs is None else {"num_train_epochs": epochs})
     folder = Path(options.output_dir)
-    print(f"\n{as_markdown(rows)}")
+    print(f"\n{as_markdown(rows)}\n{summary(rows)}")
     print(f"Took {time.perf_counter() - start:.0f} s. The picture is {folder / 'demo.png'}.")
     print(f"The VPT-deep adapter is in {folder / SHOWN.folder}; loaded again, it scored the same.")
     return 0
