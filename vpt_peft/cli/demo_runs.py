@@ -253,7 +253,7 @@ _COLOURS = {
 }
 _TITLES = {
     (COUNT, SUPERVISED): "How many digits?  Frozen features do not tell",
-    (COUNT, MAE): "How many digits?  Backbone trained without labels (MAE)",
+    (COUNT, MAE): "How many digits?  Backbone trained without labels",
     (NAME, SUPERVISED): "Which digit?  Frozen features nearly tell",
 }
 _RIGHT, _WRONG = "#2b8a4b", "#d0342c"
@@ -268,7 +268,7 @@ def _draw_bars(figure: Any, rows: Sequence[DemoRow]) -> None:
         heights = [METRIC.scale * row.score for row in group]
         bars = axis.barh(labels, heights, color=[_COLOURS[row.method] for row in group], height=0.74)
         axis.bar_label(bars, [f"{height:.1f} %" for height in heights], padding=4, fontsize=10)
-        axis.set_title(f"{title} ({group[0].images} images to learn from)", loc="left", fontsize=10, color="#444444")
+        axis.set_title(f"{title} ({group[0].images} training images)", loc="left", fontsize=10, color="#444444")
         axis.set(xlim=(0, 114), xticks=[])
         axis.invert_yaxis()
         axis.tick_params(axis="y", length=0, labelsize=8)
