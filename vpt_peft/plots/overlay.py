@@ -27,7 +27,7 @@ def draw_findings(
 
     Args:
         image: RGB.
-        boxes: left, top, right and bottom of each finding in pixels.
+        boxes: left, top, right and bottom of each finding in pixels, the best first; it lies on top.
         classes: number of the class of each.
         labels: text of each.
         masks: `(findings, height, width)`, boolean.
@@ -43,7 +43,9 @@ def draw_findings(
     scene = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.LANCZOS)
     if not len(boxes):
         return scene
+    boxes, classes, labels = boxes[::-1], classes[::-1], labels[::-1]
     if masks is not None:
+        masks = masks[::-1]
         masks = np.stack(
             [np.asarray(Image.fromarray(mask).resize(scene.size, Image.Resampling.NEAREST)) for mask in masks]
         )

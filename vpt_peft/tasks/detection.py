@@ -30,7 +30,7 @@ from .loading import load_pretrained, quiet_loading
 
 # Findings of an image that count, as COCO has it
 MOST_FINDINGS = 100
-_THRESHOLD = 0.3
+_THRESHOLD = 0.5
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 

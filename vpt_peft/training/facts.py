@@ -168,7 +168,8 @@ def _snippet(arguments: Arguments, task: Task, folder: Path, model_class: str) -
 
 def _loading_note(arguments: Arguments, task: Task, folder: Path) -> str:
     """Return how else an adapter loads, and how the image processor that was used gets in."""
-    if not (folder / "adapter_config.json").is_file() or labels_of_adapter(folder) is None:
+    # Pipelines stretch images, where boxes and masks are trained on whole ones
+    if task.finds_many or not (folder / "adapter_config.json").is_file() or labels_of_adapter(folder) is None:
         return ""
     model = arguments.model
     name, revision = resolve_model_path(model.model_name_or_path), model.model_revision or "main"
