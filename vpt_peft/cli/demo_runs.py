@@ -253,7 +253,7 @@ _COLOURS = {
 }
 _TITLES = {
     (COUNT, SUPERVISED): "How many digits?  Frozen features do not tell",
-    (COUNT, MAE): "How many digits?  Backbone trained without labels",
+    (COUNT, MAE): "How many digits?  Self-supervised backbone",
     (NAME, SUPERVISED): "Which digit?  Frozen features nearly tell",
 }
 _RIGHT, _WRONG = "#2b8a4b", "#d0342c"
