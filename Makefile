@@ -29,7 +29,10 @@ $(BIN)/.installed: $(BIN)/.torch setup.cfg pyproject.toml
 test: $(BIN)/.installed
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-test-# Gradio pins packages of its own, so the page is tested in an environment of its own
+test-docs: $(BIN)/.installed
+	$(BIN)/python -m pytest -q -n 2 -m docs
+
+# Gradio pins packages of its own, so the page is tested in an environment of its own
 APP := .venv-app/bin
 $(APP)/.installed: constraints.txt setup.cfg
 	$(PYTHON) -m venv .venv-app
@@ -39,9 +42,6 @@ $(APP)/.installed: constraints.txt setup.cfg
 
 test-app: $(APP)/.installed
 	$(APP)/python -m pytest -q tests/app
-
-docs: $(BIN)/.installed
-	$(BIN)/python -m pytest -q -n 2 -m docs
 
 docs: $(BIN)/.installed
 	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet --site-dir out/site

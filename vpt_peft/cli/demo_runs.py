@@ -268,7 +268,7 @@ def _draw_bars(figure: Any, rows: Sequence[DemoRow]) -> None:
         heights = [METRIC.scale * row.score for row in group]
         bars = axis.barh(labels, heights, color=[_COLOURS[row.method] for row in group], height=0.74)
         axis.bar_label(bars, [f"{height:.1f} %" for height in heights], padding=4, fontsize=10)
-        axis.set_title(f"{title} ({group[0].images} training images)", loc="left", fontsize=10, color="#444444")
+        axis.set_title(f"{title} ({group[0].images} images)", loc="left", fontsize=10, color="#444444")
         axis.set(xlim=(0, 114), xticks=[])
         axis.invert_yaxis()
         axis.tick_params(axis="y", length=0, labelsize=8)
