@@ -191,3 +191,11 @@ def test_it_reads_and_names_its_classes(tmp_path):
     assert TASK.id2label(splits["train"]) == NAMES
     labels = splits["train"].with_transform(TASK.transform(PROCESSOR))[0]["labels"]
     torch.testing.assert_close(labels["boxes"], batch()["labels"][0]["boxes"])
+
+
+def test_packages_are_asked_for_before_anything_is_read(monkeypatch):
+    from vpt_peft.data.arguments import DataArguments
+
+    monkeypatch.setattr("vpt_peft.dense.find_spec", lambda name: None if name == "kornia" else object())
+    with pytest.raises(ModuleNotFoundError, match=r"need kornia: pip install 'vpt_peft\[dense\]'"):
+        TASK.read(DataArguments("missing"))

@@ -21,6 +21,7 @@ from ..data.canvas import Canvas, JointAugmentation, canvas_size
 from ..data.detection import read_detection
 from ..data.images import to_rgb
 from ..data.objects import object_classes
+from ..dense import need_dense
 from ..dense.boxes import centres, corners
 from ..dense.detector import ViTFCOSForObjectDetection
 from ..plots.overlay import draw_findings
@@ -166,6 +167,7 @@ class ObjectDetection:
         id2label: Mapping[int, str] | None = None,
     ) -> datasets.DatasetDict:
         """Read a data set with the columns "image" and "objects"; see `vpt_peft.data.detection.read_detection`."""
+        need_dense()
         return read_detection(data, token, cache_dir, id2label)
 
     def load_model(

@@ -22,6 +22,7 @@ from ..data.arguments import DataArguments
 from ..data.canvas import Canvas, JointAugmentation, canvas_size
 from ..data.images import to_rgb
 from ..data.instances import instance_masks, read_instances
+from ..dense import need_dense
 from ..dense.eomt import eomt_from_backbone
 from ..plots.overlay import draw_findings
 from .average_precision import METRICS, AveragePrecision
@@ -177,6 +178,7 @@ class InstanceSegmentation:
         id2label: Mapping[int, str] | None = None,
     ) -> datasets.DatasetDict:
         """Read a data set with masks; see `vpt_peft.data.instances.read_instances`."""
+        need_dense()
         return read_instances(data, token, cache_dir, id2label)
 
     def load_model(
