@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= PASSIVE
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-docs test-app docs bench lint clean
+.PHONY: demo test test-docs test-app fuzz docs bench lint clean
 
 demo: $(BIN)/.demo
 	HF_HUB_OFFLINE=1 $(BIN)/vpt-peft demo --output_dir out/demo
@@ -45,6 +45,11 @@ test-app: $(APP)/.installed
 
 docs: $(BIN)/.installed
 	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet --site-dir out/site
+
+# New cases each time, of configurations, adapter folders, images and sequences of PEFT's calls
+CASES ?= 20000
+fuzz: $(BIN)/.installed
+	VPT_PEFT_FUZZ=$(CASES) $(BIN)/python -m pytest -q -n 4 tests/test_fuzz_*.py
 
 bench: $(BIN)/.installed
 	$(BIN)/python -m benchmarks.cost
