@@ -45,6 +45,10 @@ def test_version(run):
     ("command", "flags"),
     [
         ("", ["train"]),
+        ("train", ["--learning_rate 0.03", "--help-all"]),
+        ("sweep", ["--sampler", "--learning_rate 0.03"]),
+        ("compare", ["--num_trials", "--learning_rate 0.03"]),
+        ("evaluate", ["--split", "--max_predict_samples"]),
         ("predict", ["--top_k"]),
         ("export", ["--opset"]),
         ("push", ["--private"]),

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from transformers import ViTForImageClassification
 
+from vpt_peft.methods import METHODS
 from vpt_peft.methods.modules import BottleneckAdapter, MLPHead, SideTuning
 from vpt_peft.methods.structure import find_blocks, find_final_norm, find_head
-from vpt_peft.training.arguments import METHODS, ModelArguments
+from vpt_peft.training.arguments import ModelArguments
 from vpt_peft.training.checkpoints import save_trained
 from vpt_peft.training.inference import load_adapter_model
 from vpt_peft.training.model import build_model, check_trainable, load_backbone

@@ -5,7 +5,14 @@ import json
 import pytest
 
 from vpt_peft.data.arguments import DataArguments
-from vpt_peft.training.arguments import METHODS, MethodArguments, VPTTrainingArguments, from_record, parse_args
+from vpt_peft.methods.registry import METHOD_FLAGS, METHODS
+from vpt_peft.training.arguments import (
+    MethodArguments,
+    VPTTrainingArguments,
+    from_record,
+    parse_args,
+    write_arguments,
+)
 from vpt_peft.training.model import method_options
 
 
@@ -48,12 +55,96 @@ def test_flags_win_over_the_recipe(parse):
 
 
 @pytest.mark.parametrize(
-    ("flag", "expected"),
-    [("--learning_rate", (0.02, None, None)), ("--head_learning_rate", (3e-2, 3e-2, 0.02))],
+    ("flags", "expected"),
+    [
+        # learning rate, of prompts, of the head
+        ([], (3e-2, 3e-2, 1e-3)),
+        (["--learning_rate", "0.03"], (3e-2, 3e-2, 1e-3)),
+        (["--learning_rate", "0.06"], (6e-2, 6e-2, 2e-3)),
+        (["--learning_rate", "0.06", "--head_learning_rate", "0.5"], (6e-2, 6e-2, 0.5)),
+        (["--learning_rate", "0.06", "--prompt_learning_rate", "0.5"], (6e-2, 0.5, 2e-3)),
+        (["--head_learning_rate", "0.02"], (3e-2, 3e-2, 0.02)),
+        (["--prompt_learning_rate", "0.02"], (3e-2, 0.02, 1e-3)),
+        # 32 images a step
+        (["--base_learning_rate", "0.48"], (6e-2, 6e-2, 2e-3)),
+        (["--recipe", "vpt_paper", "--learning_rate", "0.06"], (6e-2, None, None)),
+        (["--method", "lora", "--learning_rate", "0.002"], (2e-3, None, 4e-3)),
+    ],
+    ids=lambda flags: " ".join(map(str, flags)),
 )
-def test_a_given_rate_is_for_all_groups_but_a_groups_own_is_for_it(parse, flag, expected):
-    _, _, method, training, _ = parse(flag, "0.02")
-    assert (training.learning_rate, method.prompt_learning_rate, method.head_learning_rate) == pytest.approx(expected)
+def test_a_given_rate_scales_the_recipe_but_a_groups_own_is_for_it(parse, flags, expected):
+    arguments = parse(*flags)
+    _, _, method, training, _ = arguments
+    assert (training.learning_rate, method.prompt_learning_rate, method.head_learning_rate) == expected
+    again = parse_args({**json.loads(json.dumps(arguments.record())), "output_dir": training.output_dir})
+    assert again.method == method and again.training.learning_rate == training.learning_rate
+
+
+def test_weight_decay_leaves_prompts_as_the_recipe_has_them(parse):
+    arguments = parse("--weight_decay", "0.5")
+    assert (arguments.training.weight_decay, arguments.method.prompt_weight_decay) == (0.5, 0.0)
+    assert parse("--weight_decay", "0.5", "--recipe", "vpt_paper").method.prompt_weight_decay is None
+
+
+# A value of every flag that only some methods read
+FOREIGN = {
+    "num_virtual_tokens": "5",
+    "prompt_rank": "2",
+    "bias": "all",
+    "prompt_dropout": "0.1",
+    "projection_dim": "4",
+    "pooling": "image",
+    "pool_before_norm": "true",
+    "layers_to_transform": "0",
+    "prompt_location": "add",
+    "token_type": "class",
+    "share_prompts": "true",
+    "init_method": "random",
+    "gate": "scalar",
+    "gate_init": "3",
+    "attention_temperature": "false",
+    "prompt_learning_rate": "0.1",
+    "prompt_weight_decay": "0.1",
+    "lora_r": "4",
+    "partial_blocks": "2",
+    "mlp_layers": "2",
+    "adapter_reduction": "4",
+    "solver": "optimizer",
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_flags_of_other_methods_are_refused_alike(parse, method):
+    assert set(FOREIGN) == METHOD_FLAGS
+    for name, value in FOREIGN.items():
+        flags = ("--method", method, f"--{name}", value)
+        if name in METHODS[method].flags:
+            parse(*flags)
+        else:
+            with pytest.raises(ValueError, match=f"{name}=.* has no effect with method='{method}', only with"):
+                parse(*flags)
+
+
+@pytest.mark.parametrize("suffix", ["json", "yaml"])
+@pytest.mark.parametrize(
+    "flags", [["--method", "gated_vpt"], ["--recipe", "vpt_paper", "--num_virtual_tokens", "5", "2"]], ids=" ".join
+)
+def test_a_written_file_repeats_the_run(parse, tmp_path, suffix, flags):
+    arguments = parse(*flags, "--learning_rate", "1e-3")
+    arguments.given["token"] = "hf_secret"
+    path = write_arguments(arguments, tmp_path / "deep" / f"run.{suffix}")
+    assert "hf_secret" not in path.read_text()
+    again = parse_args([str(path)])
+    assert again.method == arguments.method and again.data == arguments.data
+    assert again.training.to_dict() == arguments.training.to_dict()
+    # Any flag on top still wins
+    assert parse_args([str(path), "--seed", "9"]).training.seed == 9
+
+
+def test_a_file_of_another_kind_is_not_written(parse, tmp_path):
+    with pytest.raises(ValueError, match=r"write_config='.*run.txt' must end in .yaml or .json"):
+        write_arguments(parse(), tmp_path / "run.txt")
+    assert not (tmp_path / "run.txt").exists()
 
 
 @pytest.mark.parametrize(
@@ -128,17 +219,9 @@ def test_bad_files(tmp_path, name, text, message):
         parse_args([str(tmp_path / "missing.json")])
 
 
-def test_help_lists_flags_of_all_dataclasses(capsys):
-    with pytest.raises(SystemExit) as exit_info:
-        parse_args(["--help"])
-    assert exit_info.value.code == 0
-    shown = capsys.readouterr().out
-    assert all(flag in shown for flag in ("--model_name_or_path", "--dataset_name", "--method", "--learning_rate"))
-
-
 def test_record_repeats_the_run_without_secrets(tmp_path):
-    given = {"method": "gated_vpt", "token": "hf_secret", "hub_token": "hf_secret", "seed": 3}
-    arguments = parse_args({**given, "output_dir": str(tmp_path / "a")})
+    secrets = {"token": "hf_secret", "hub_token": "hf_secret"}
+    arguments = parse_args({"method": "gated_vpt", "seed": 3, "output_dir": str(tmp_path / "a"), **secrets})
     record = arguments.record()
     assert "hf_secret" not in json.dumps(record) and str(tmp_path) not in json.dumps(record)
     again = parse_args({**json.loads(json.dumps(record)), "output_dir": str(tmp_path / "b")})

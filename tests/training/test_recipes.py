@@ -33,12 +33,12 @@ def build(arguments):
     ],
 )
 def test_groups_have_their_own_rates_and_decays(make_arguments, method, expected):
+    of_prompts = {"prompt_learning_rate": 0.4, "prompt_weight_decay": 0.1} if method != "linear" else {}
     arguments = make_arguments(
         method=method,
         learning_rate=0.5,
         weight_decay=0.6,
-        prompt_learning_rate=0.4,
-        prompt_weight_decay=0.1,
+        **of_prompts,
         head_learning_rate=0.3,
         head_weight_decay=0.2,
     )
@@ -51,7 +51,8 @@ def test_groups_fall_back_to_the_common_rate(make_arguments):
     arguments = make_arguments(method="full", learning_rate=0.5, weight_decay=0.6)
     model = build(arguments)
     groups = parameter_groups(model, arguments.method, arguments.training)
-    assert {g["lr"] for g in groups} == {0.5}
+    # The recipe's ratio: the head's rate is ten times that of the backbone
+    assert {g["lr"] for g in groups} == {0.5, 5.0}
     assert {g["weight_decay"] for g in groups} == {0.0, 0.6}
     assert sum(p.numel() for g in groups for p in g["params"]) == sum(p.numel() for p in model.parameters())
     assert all((p.ndim < 2) == (g["weight_decay"] == 0) for g in groups for p in g["params"])
@@ -98,7 +99,7 @@ def test_recipe_adds_and_never_replaces():
     given = {"method": "vpt", "optim": "adafactor", "weight_decay": 0.5}
     added = recipe_defaults(given)
     assert not set(added) & set(given)
-    assert "prompt_weight_decay" not in added and added["prompt_learning_rate"] > 0
+    assert added["prompt_weight_decay"] == 0.0 and added["prompt_learning_rate"] > 0
 
 
 def test_groups_leave_frozen_parameters_out(make_arguments):

@@ -7,6 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from .options import need_training
+from .train_help import HELP, short_help
+
+
+VARIED = "Takes all flags of `vpt-peft train`; those with several values are varied."
 
 
 def run(argv: Sequence[str]) -> int:
@@ -22,6 +26,12 @@ def run(argv: Sequence[str]) -> int:
 
 def run_comparison(argv: Sequence[str], command: str, description: str) -> int:
     """Run a comparison or a sweep, and print and draw its results; 2 where no run ended well."""
+    prog = f"vpt-peft {command}"
+    if HELP & set(argv):
+        own = argparse.ArgumentParser(prog=prog, description=f"{description} {VARIED}", add_help=False)
+        add_options(own, "grid" if command == "sweep" else "random")
+        print(short_help(prog, argv, own), end="")
+        return 0
     need_training()
     from accelerate import PartialState
 
@@ -29,8 +39,11 @@ def run_comparison(argv: Sequence[str], command: str, description: str) -> int:
     from ..runs.grid import make_parser, parse_grid
     from ..runs.report import report
 
-    parser = make_parser(f"vpt-peft {command}", description)
+    parser = make_parser(prog, f"{description} {VARIED}")
     add_options(parser, "grid" if command == "sweep" else "random")
+    if "--help-all" in argv:
+        parser.print_help()
+        return 0
     grid = parse_grid(parser, argv)
     comparison = comparison_of(grid, searched=command == "sweep")
     comparison.search()
@@ -44,12 +57,9 @@ def run_comparison(argv: Sequence[str], command: str, description: str) -> int:
 
 def add_options(parser: argparse.ArgumentParser, sampler: str) -> None:
     """Add what a comparison takes beside the flags of its runs."""
-    from ..data.suites import SUITES
-    from ..runs.search import SAMPLERS
-
     parser.add_argument(
         "--sampler",
-        choices=SAMPLERS,
+        choices=("grid", "random", "tpe"),
         default=sampler,
         help="how settings are searched: all (grid), a quasi-random spread, or TPE of Optuna (default: %(default)s)",
     )
@@ -63,8 +73,7 @@ def add_options(parser: argparse.ArgumentParser, sampler: str) -> None:
     )
     parser.add_argument(
         "--suite",
-        choices=tuple(SUITES),
-        help="all data sets of a benchmark, by its own protocol, in place of dataset_name",
+        help="all data sets of a benchmark (vtab-1k, fgvc), by its own protocol, in place of dataset_name",
     )
     parser.add_argument(
         "--suite_dir", help="its folder, with one folder per data set; default: downloaded, if possible"

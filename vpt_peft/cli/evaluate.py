@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
 from .options import add_adapter_options, need_training, prepare_output_file
+from .train_help import HELP, data_help
+
+
+PROG = "vpt-peft evaluate"
+DESCRIPTION = "Evaluate an adapter on the data it was trained on; data flags override the training ones."
 
 
 def run(argv: Sequence[str]) -> int:
     """Evaluate on the data the adapter was trained on, or on other data; print the metrics as JSON."""
+    if HELP & set(argv):
+        own_parser = ArgumentParser(prog=PROG, description=DESCRIPTION, add_help=False)
+        _add_options(own_parser)
+        print(f"{own_parser.format_help()}\n{data_help('data, by default as in training')}", end="")
+        return 0
     need_training()
     from ..data.arguments import DataArguments
     from ..files import write_json
@@ -20,16 +31,8 @@ def run(argv: Sequence[str]) -> int:
     from ..training.evaluation import evaluate_model
     from ..training.inference import load_adapter_model, local_folder, move_to, read_record
 
-    parser = FlagParser(
-        DataArguments,
-        prog="vpt-peft evaluate",
-        description="Evaluate an adapter on the data it was trained on; data flags override the training ones.",
-    ).without_defaults()
-    add_adapter_options(parser)
-    parser.add_argument(
-        "--split", default="test", help="train, validation, test, or any split of the data by its own name"
-    )
-    parser.add_argument("--output_file", help="also write the metrics to this .json file")
+    parser = FlagParser(DataArguments, prog=PROG, description=DESCRIPTION).without_defaults()
+    _add_options(parser)
     own = parser.parse_args(list(argv))
 
     prepare_output_file(own.output_file)
@@ -44,3 +47,11 @@ def run(argv: Sequence[str]) -> int:
     json.dump(metrics, sys.stdout, indent=2)
     print()
     return 0
+
+
+def _add_options(parser: ArgumentParser) -> None:
+    add_adapter_options(parser)
+    parser.add_argument(
+        "--split", default="test", help="train, validation, test, or any split of the data by its own name"
+    )
+    parser.add_argument("--output_file", help="also write the metrics to this .json file")

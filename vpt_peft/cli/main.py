@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from ..version import __version__
@@ -35,6 +36,9 @@ def register() -> None:
     PEFT and transformers import whatever backends of theirs are installed; what those say of themselves is not for the
     user of a command.
     """
+    if not sys.warnoptions:
+        # Of libraries to those who program with them
+        warnings.simplefilter("ignore", FutureWarning)
     logging.disable(logging.WARNING)
     try:
         from ..peft_model import extend_peft_model

@@ -2,22 +2,54 @@
 
 from __future__ import annotations
 
+import logging
+import textwrap
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .options import need_training
+from .train_help import HELP, short_help
+
+
+if TYPE_CHECKING:
+    from ..training.arguments import Arguments
+
+logger = logging.getLogger(__name__)
+PROG = "vpt-peft train"
 
 
 def run(argv: Sequence[str]) -> int:
     """Train, print the results, and push the folder if that was asked for."""
+    if HELP & set(argv):
+        print(short_help(PROG, argv), end="")
+        return 0
     need_training()
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
     from ..tasks import get_task
-    from ..training.arguments import parse_args
+    from ..training.arguments import parse_args, train_parser, write_arguments
     from ..training.train import train
 
-    arguments = parse_args(argv)
-    metrics = train(arguments)
+    if "--help-all" in argv:
+        train_parser(PROG).print_help()
+        return 0
+    parser = ArgumentParser(prog=PROG, add_help=False, allow_abbrev=False)
+    parser.add_argument("--write_config")
+    own, rest = parser.parse_known_args(list(argv))
+    arguments = parse_args(rest)
     training = arguments.training
+    if own.write_config is not None:
+        print(write_arguments(arguments, Path(own.write_config)))
+        return 0
+    if training.process_index == 0:
+        logger.info(describe(arguments))
+    if training.disable_tqdm:
+        datasets.disable_progress_bars()
+        transformers_logging.disable_progress_bar()
+    metrics = train(arguments)
     if training.process_index != 0:
         return 0
     task = get_task(arguments.model.task)
@@ -37,3 +69,10 @@ def run(argv: Sequence[str]) -> int:
             push_adapter(folder, training.hub_model_id or folder.resolve().name, token, private, training.hub_revision)
         )
     return 0
+
+
+def describe(arguments: Arguments) -> str:
+    """Return what a run is made of, given and filled in by the recipe, as one block."""
+    values = {"method": arguments.method.method, "recipe": arguments.method.recipe, **arguments.resolved()}
+    text = ", ".join(f"{name} {value}" for name, value in values.items())
+    return textwrap.fill(f"Settings: {text}.", 110, subsequent_indent="  ", break_on_hyphens=False)

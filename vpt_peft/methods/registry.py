@@ -63,7 +63,7 @@ METHODS: dict[str, Method] = {
         configure="vpt_gated",
         flags=(*_PROMPT_FLAGS, *GATE_FIELDS),
     ),
-    "linear": Method("a linear probe", modify="linear"),
+    "linear": Method("a linear probe", modify="linear", flags=("solver",)),
     "full": Method("full fine-tuning"),
     "partial": Method("fine-tuning of the last blocks", modify="partial", flags=("partial_blocks",)),
     "mlp": Method("an MLP head on frozen features", modify="mlp", flags=("mlp_layers",)),
@@ -82,4 +82,6 @@ METHODS: dict[str, Method] = {
         "LoRA", "Hu et al., ICLR 2022", "https://arxiv.org/abs/2106.09685", configure="lora", flags=("lora_r", *_ADDED)
     ),
 }
+# Flags that only some methods read
+METHOD_FLAGS = frozenset(flag for method in METHODS.values() for flag in method.flags)
 PROMPT_METHODS = ("vpt", "vpt_shallow", "gated_vpt")

@@ -25,6 +25,8 @@ def comparison_of(grid: Grid, searched: bool) -> Comparison:
         DataError: the data sets of a suite are missing, or other ones.
     """
     own, axes = grid.own, dict(grid.axes)
+    if own.get("suite") and own["suite"] not in SUITES:
+        raise ValueError(f"suite={own['suite']!r} is unknown; choose one of {', '.join(SUITES)}.")
     suite = SUITES[own["suite"]] if own.get("suite") else None
     data = _suite_data(grid, suite) if suite is not None else _data(grid, axes)
     draws = _values(grid, axes, "split_seed", [0])

@@ -17,6 +17,7 @@ from typing import Any
 from accelerate import PartialState
 
 from ..data.suites import Suite
+from ..methods import METHODS
 from ..reporting import describe
 from ..reporting.results import RESULTS
 from ..tasks import Task, get_task
@@ -111,11 +112,20 @@ class Comparison:
         folder = self.output_dir / RUNS / Place(row, data, stage, settings).name
         first = {"seed": self.seeds[0], "split_seed": self.draws[0]}
         given = {**_DEFAULTS, **self.common, **self.data[data], **self.rows[row], **first}
+        given = {name: value for name, value in given.items() if name in self.rows[row] or self._reads(row, name)}
         if stage == "test":
             given |= self._chosen.get((row, data), {})
             if self.has_test(data):
                 given |= {"train_on_validation": True, **_TRAINED_TO_THE_END}
         return parse_args({**given, **settings, "output_dir": str(folder)})
+
+    def _reads(self, row: str, flag: str) -> bool:
+        """Whether a flag that all rows share is for this one: what only some methods read is for theirs."""
+        readers = [each for each in self.rows if flag in METHODS[self._method(each)].flags]
+        return not readers or row in readers
+
+    def _method(self, row: str) -> str:
+        return str(self.rows[row].get("method", self.common.get("method", "vpt")))
 
     def check(self) -> None:
         """Parse the arguments of a trial of every row and data set, so that mistakes show before anything runs.

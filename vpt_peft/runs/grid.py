@@ -75,7 +75,7 @@ class Grid:
 def make_parser(prog: str, description: str) -> FlagParser:
     """Return the parser of a training run, where flags of one value take several; commands add their own options."""
     parser = train_parser(prog).without_defaults()
-    parser.description = f"{description} Takes all flags of `vpt-peft train`; those with several values are varied."
+    parser.description = description
     for action in parser._actions:
         if action.option_strings and (action.nargs in (None, "?") or action.dest in _NUMBERS):
             action.nargs = "*" if action.nargs == "?" else "+"

@@ -11,7 +11,6 @@ from ..methods import PROMPT_METHODS
 from .grid import Range
 
 
-SAMPLERS = ("grid", "random", "tpe")
 DEFAULT_TRIALS = 20
 
 # What results depend on most. Rates and lengths span the papers' grids; epochs are searched because every method
@@ -94,7 +93,7 @@ def plan(
 
     Args:
         axes: values by flag.
-        sampler: one of `SAMPLERS`.
+        sampler: "grid", "random" or "tpe".
         count: most trials; by default the whole grid, or 20.
         with_default: the first trial changes nothing, so that the search is never worse than what is given.
 

@@ -118,8 +118,6 @@ def _hyper_parameters(arguments: Arguments) -> dict[str, Any]:
     """Return what was given, or filled in by the recipe, about method and training."""
     names = {item.name for item in (*fields(MethodArguments), *fields(VPTTrainingArguments))} - _HIDDEN
     shown = {name: value for name, value in arguments.record().items() if name in names}
-    if arguments.method.method in PROMPT_METHODS:
-        shown.setdefault("num_virtual_tokens", arguments.method.num_virtual_tokens)
     return {"method": arguments.method.method, "recipe": arguments.method.recipe, **shown}
 
 

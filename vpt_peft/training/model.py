@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from ..data.transforms import check_processor
 from ..embedded import EMBEDDED_FOLDERS, embedded_path
 from ..methods import METHODS, MethodOptions
 from ..methods.apply import apply_method
+from ..methods.registry import GATE_FIELDS, PROMPT_FIELDS
 from ..methods.structure import Classifier
 from ..tasks import get_task
-from .arguments import GATE_FIELDS, PROMPT_FIELDS, MethodArguments, ModelArguments
+from .arguments import MethodArguments, ModelArguments
 from .optim import split_trainable
 
 
@@ -120,8 +121,9 @@ def build_model(
     """
     check_method(model_args.task, method_args.method)
     model = load_backbone(model_args, id2label, image_processor)
+    options = method_options(method_args)
     if METHODS[method_args.method].configure:
-        adapted: Any = apply_method(model, method_args.method, method_options(method_args))
+        adapted: Any = apply_method(model, method_args.method, options)
         # The package's own backbones lie at another path on every machine
         config = adapted.peft_config["default"]
         config.base_model_name_or_path, config.revision = model_args.model_name_or_path, model_args.model_revision
@@ -130,9 +132,9 @@ def build_model(
         method_args.method,
         model_args.model_name_or_path,
         model_args.model_revision,
-        method_args.partial_blocks,
-        method_args.mlp_layers,
-        method_args.adapter_reduction,
+        options.partial_blocks,
+        options.mlp_layers,
+        options.adapter_reduction,
     )
     return build_baseline(model, spec)
 
@@ -160,13 +162,11 @@ def build_baseline(model: PreTrainedModel, spec: BaselineSpec) -> PreTrainedMode
 
 
 def method_options(method_args: MethodArguments) -> MethodOptions:
-    """The options of the arguments; prompt fields that were not given keep the configuration's defaults."""
-    names = [name for name in (*PROMPT_FIELDS, *GATE_FIELDS) if name != "init_method"]
-    return MethodOptions(
-        num_virtual_tokens=method_args.num_virtual_tokens,
-        lora_r=method_args.lora_r,
-        fields={name: getattr(method_args, name) for name in names if getattr(method_args, name) is not None},
-    )
+    """The options of the arguments; what was not given keeps the default of options and configuration."""
+    given = {name: value for name, value in vars(method_args).items() if value is not None}
+    numbers = {item.name: given[item.name] for item in fields(MethodOptions) if item.name in given}
+    prompts = {name: given[name] for name in (*PROMPT_FIELDS, *GATE_FIELDS) if name in given and name != "init_method"}
+    return MethodOptions(**numbers, fields=prompts)
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,11 @@ Sources: Jia et al. 2022, arXiv 2203.12119 (vpt_paper); Yoo et al. 2023, arXiv 2
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
-from ..methods import PROMPT_METHODS
+from ..methods.options import MethodOptions
+from ..methods.registry import METHODS, PROMPT_METHODS
 
 
 RECIPES = ("default", "vpt_paper", "gpt_paper")
@@ -28,6 +30,8 @@ _DEFAULT_RATES = {
     "lora": (1e-3, 2e-3),
 }
 
+_RATES = ("learning_rate", "base_learning_rate", "prompt_learning_rate", "head_learning_rate")
+
 # Who gives one of these wants steps of an optimizer
 _OF_OPTIMIZER = {
     "learning_rate",
@@ -43,26 +47,63 @@ _OF_OPTIMIZER = {
 }
 
 
+def resolve(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `given` with what the recipe and the method fill in; what stays out has the default of its flag.
+
+    Raises:
+        ValueError: `recipe` is unknown, or values do not go together.
+    """
+    values = {**recipe_defaults(given), **given}
+    if values.get("train_on_validation"):
+        # Nothing is left to evaluate on while training
+        values = {"eval_strategy": "no", "load_best_model_at_end": False, **values}
+        if values["eval_strategy"] != "no" or "early_stopping_patience" in values:
+            raise ValueError(
+                "train_on_validation=True leaves nothing to evaluate on while training; drop eval_strategy and "
+                "early_stopping_patience."
+            )
+    return values
+
+
 def recipe_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that the recipe named in `given` adds to what the user gave; nothing given is changed.
 
-    A learning rate or weight decay from the user applies to every parameter group, so the recipe then adds none for
-    single groups.
+    A learning rate from the user scales the recipe: see `group_rates`.
 
     Raises:
         ValueError: `recipe` is unknown.
     """
+    values = _recipe(given)
+    if "learning_rate" in given or "base_learning_rate" in given:
+        values = {name: value for name, value in values.items() if name not in _RATES}
+        if "learning_rate" in given:
+            values |= group_rates(given, given["learning_rate"])
+    return {name: value for name, value in values.items() if name not in given}
+
+
+def group_rates(given: Mapping[str, Any], learning_rate: float) -> dict[str, float]:
+    """Return the rates of single parameter groups that keep the recipe's ratio to `learning_rate`.
+
+    Groups whose rate is in `given` are left out, and so are those for which the recipe has none of their own.
+    """
+    recipe = _recipe(given)
+    return {
+        # The recipe's own rate gives the recipe itself; twelve digits cut off what multiplication adds
+        name: float(f"{recipe[name] * (learning_rate / recipe['learning_rate']):.12g}")
+        for name in ("prompt_learning_rate", "head_learning_rate")
+        if name in recipe and name not in given
+    }
+
+
+def _recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     method, recipe = given.get("method", "vpt"), given.get("recipe", "default")
     if recipe not in RECIPES:
         raise ValueError(f"recipe={recipe!r} is unknown; choose one of {', '.join(RECIPES)}.")
     values = _paper_recipe(given, method, recipe) if recipe != "default" else _default_recipe(given, method)
-    if "learning_rate" in given or "base_learning_rate" in given:
-        for name in ("learning_rate", "base_learning_rate", "prompt_learning_rate", "head_learning_rate"):
-            values.pop(name, None)
-    if "weight_decay" in given:
-        values.pop("prompt_weight_decay", None)
-        values.pop("head_weight_decay", None)
-    return {name: value for name, value in values.items() if name not in given}
+    if method == "linear":
+        values.setdefault("solver", "optimizer")
+    flags = METHODS[method].flags if method in METHODS else ()
+    return {item.name: item.default for item in fields(MethodOptions) if item.name in flags} | values
 
 
 def _default_recipe(given: Mapping[str, Any], method: str) -> dict[str, Any]:

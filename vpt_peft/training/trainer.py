@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import HTTPError
+from tqdm.auto import tqdm
 from transformers import (
+    PrinterCallback,
     ProgressCallback,
     Trainer,
     TrainerCallback,
@@ -40,15 +42,7 @@ class FiniteEvaluation(TrainerCallback):
 
 
 class ReadableProgress(ProgressCallback):
-    """transformers' progress bar with one readable line per log, and without the bars of past evaluations.
-
-    Args:
-        metrics: names of the metrics to show beside the loss.
-    """
-
-    def __init__(self, metrics: Sequence[str] = ()) -> None:
-        super().__init__()
-        self.metrics = ("loss", *metrics)
+    """transformers' progress bar without its log, and without the bars of past evaluations."""
 
     def on_prediction_step(
         self,
@@ -70,14 +64,52 @@ class ReadableProgress(ProgressCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
+        pass
+
+
+class EpochLines(TrainerCallback):
+    """One readable line per log while training; what an epoch logs and what it evaluates share one.
+
+    Args:
+        metrics: names of the metrics to show beside the losses.
+    """
+
+    def __init__(self, metrics: Sequence[str] = ()) -> None:
+        self.metrics = tuple(metrics)
+        self.begun: list[str] = []
+        self.trains = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trains = state.is_local_process_zero
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trains = False
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         # The program itself reports the totals at the end
-        if not logs or "train_runtime" in logs or self.training_bar is None:
+        if not self.trains or not logs or "train_runtime" in logs:
             return
-        values = {name.removeprefix("eval_"): value for name, value in logs.items()}
-        shown = [f"{n.replace('_', ' ')} {values[n]:.4g}" for n in self.metrics if n in values]
-        kind = "validation" if any(name.startswith("eval_") for name in logs) else "training"
-        if shown:
-            self.training_bar.write(f"epoch {logs.get('epoch', 0.0):g}, {kind}: {', '.join(shown)}")
+        if "loss" in logs:
+            self.begun.append(f"training loss {logs['loss']:.4g}")
+        if "eval_loss" in logs:
+            self.begun.append(f"validation loss {logs['eval_loss']:.4g}")
+        named = {name: logs[f"eval_{name}"] for name in self.metrics if f"eval_{name}" in logs}
+        self.begun += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in named.items()]
+        # An evaluation that follows completes the line
+        if self.begun and ("eval_loss" in logs or not control.should_evaluate):
+            tqdm.write(f"epoch {logs.get('epoch', 0.0):g}: {', '.join(self.begun)}")
+            self.begun = []
 
 
 class VPTTrainer(Trainer):
@@ -96,8 +128,10 @@ class VPTTrainer(Trainer):
         super().__init__(**kwargs)
         self.method = method
         self.add_callback(FiniteEvaluation())
-        if not self.args.disable_tqdm and self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(ReadableProgress(metrics))
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(ReadableProgress())
+        self.pop_callback(PrinterCallback)
+        self.add_callback(EpochLines(metrics))
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Make the Hub repository before anything is trained.
