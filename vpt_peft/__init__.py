@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .requirements import check_versions
 from .version import __version__
 
 
@@ -21,6 +22,8 @@ def _is_command() -> bool:
 
 # The command registers what it needs when it runs, so that it can show its help without torch
 if not _is_command():
+    check_versions()
+
     from .attention_maps import attention_maps
     from .encoder import EncoderError
     from .initialization import initialize_prompts

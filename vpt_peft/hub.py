@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HTTPError
 
+from .embedded import EMBEDDED_FOLDERS
 from .reporting.card import retarget
 from .training.checkpoints import BASELINE_CONFIG
 from .training.inference import SHARED_FILES, backbone_name
@@ -42,6 +43,7 @@ def push_adapter(
     folder = Path(folder)
     if not any((folder / name).is_file() for name in ("adapter_config.json", BASELINE_CONFIG)):
         raise FileNotFoundError(f"{str(folder)!r} holds no trained adapter (adapter_config.json); train one first.")
+    _warn_of_local_backbone(folder)
     api = HfApi(token=token)
     try:
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -66,6 +68,21 @@ def push_adapter(
         ) from error
     logger.info("Pushed %s to %s.", folder, commit.commit_url)
     return str(commit.commit_url)
+
+
+def _warn_of_local_backbone(folder: Path) -> None:
+    """Say so where the backbone is a folder of this machine, as nobody else can then load the adapter."""
+    for name in ("adapter_config.json", BASELINE_CONFIG):
+        if (folder / name).is_file():
+            recorded = json.loads((folder / name).read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
+            backbone = backbone_name(recorded)
+            if backbone not in EMBEDDED_FOLDERS and (Path(backbone).is_absolute() or Path(backbone).expanduser().exists()):
+                logger.warning(
+                    "%s and the card name the backbone by a path of this machine, %r, so nobody else can load it. Push "
+                    "the backbone too and put its Hub id there in place of the path.",
+                    name,
+                    backbone,
+                )
 
 
 def _portable(path: Path) -> str:

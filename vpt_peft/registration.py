@@ -2,33 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
-from packaging.requirements import Requirement
 from peft import mapping
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
-
-
-def check_versions() -> None:
-    """Check the packages that are installed against the ranges this package was installed with.
-
-    Raises:
-        ImportError: One is outside its range.
-    """
-    try:
-        lines = requires("vpt_peft") or []
-    except PackageNotFoundError:  # a source tree that is not installed
-        return
-    for needed in map(Requirement, lines):
-        if needed.marker is not None:
-            continue
-        installed = version(needed.name)
-        if not needed.specifier.contains(installed, prereleases=True):
-            raise ImportError(
-                f"vpt_peft needs {needed}, but {needed.name} {installed} is installed: pip install '{needed}'"
-            )
 
 
 def add_peft_type(name: str) -> PeftType:

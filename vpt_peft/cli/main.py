@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from ..requirements import VersionError, check_versions
 from ..version import __version__
 
 
@@ -26,6 +27,7 @@ COMMANDS = {
     "export": ("vpt_peft.cli.export", "write an adapter with backbone and head to one ONNX or torch.export file"),
     "app": ("vpt_peft.cli.app", "serve a page in the browser: ask adapters, look inside, train"),
     "push": ("vpt_peft.cli.push", "upload an adapter folder to the Hub"),
+    "doctor": ("vpt_peft.cli.doctor", "report versions, device, kernels, and what is missing for which command"),
     "convert": ("vpt_peft.cli.convert", "convert a pre-trained checkpoint to a Hugging Face folder"),
 }
 
@@ -36,6 +38,7 @@ def register() -> None:
     PEFT and transformers import whatever backends of theirs are installed; what those say of themselves is not for the
     user of a command.
     """
+    check_versions()
     if not sys.warnoptions:
         # Of libraries to those who program with them
         warnings.simplefilter("ignore", FutureWarning)
@@ -77,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("vpt_peft").setLevel(logging.INFO)
     try:
-        if not HELP_FLAGS & set(rest):
+        # The doctor looks at what would fail here
+        if name != "doctor" and not HELP_FLAGS & set(rest):
             register()
         return importlib.import_module(COMMANDS[name][0]).run(rest)
     except KeyboardInterrupt:
@@ -93,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _is_user_error(error: Exception) -> bool:
     """Wrong input, files and networks; anything else is a defect and keeps its traceback."""
-    if isinstance(error, OSError | ValueError | ModuleNotFoundError):
+    if isinstance(error, OSError | ValueError | ModuleNotFoundError | VersionError):
         return True
     # By name: importing their modules (torch, the Hub client) would make every error slow
     return any(kind.__name__ in ("TrainingDiverged", "HTTPError") for kind in type(error).__mro__)

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from ..data.arguments import DataArguments
+from ..data.checks import check_images_differ, warn_of_labels
 from ..data.images import DataError
 from ..data.sources import read_source
 from ..data.splits import as_checked_images, choose_splits, divide, find_column
@@ -135,6 +136,9 @@ class ImageClassification:
                 kept, _ = divide(split["label"][:], len(split) - limit, data.split_seed)
                 prepared[name] = split.select(kept)
         _check_two_classes(prepared["train"], names, label_column)
+        if id2label is None:
+            check_images_differ(prepared["train"])
+            warn_of_labels(prepared["train"]["label"][:], prepared["validation"]["label"][:], names)
         if id2label is not None:
             prepared = {name: _renumber(split, names, id2label) for name, split in prepared.items()}
         return datasets.DatasetDict({name: prepared[name] for name in data.limits if name in prepared})
