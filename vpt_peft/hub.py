@@ -76,7 +76,9 @@ def _warn_of_local_backbone(folder: Path) -> None:
         if (folder / name).is_file():
             recorded = json.loads((folder / name).read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
             backbone = backbone_name(recorded)
-            if backbone not in EMBEDDED_FOLDERS and (Path(backbone).is_absolute() or Path(backbone).expanduser().exists()):
+            if backbone not in EMBEDDED_FOLDERS and (
+                Path(backbone).is_absolute() or Path(backbone).expanduser().exists()
+            ):
                 logger.warning(
                     "%s and the card name the backbone by a path of this machine, %r, so nobody else can load it. Push "
                     "the backbone too and put its Hub id there in place of the path.",
