@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import platform
-import warnings
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,12 +33,9 @@ def run(argv: Sequence[str]) -> int:
         description="Report versions, device, precision, attention kernels, and what is missing for which command: to "
         "paste into a bug report.",
     ).parse_args(list(argv))
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-    wrong = [each for each in needed() if lacks(each)]
     for name, value in report():
         print(f"{name + ':':<33}{value}")
-    return 1 if wrong else 0
+    return 1 if any(map(lacks, needed())) else 0
 
 
 def report() -> Iterator[tuple[str, str]]:
