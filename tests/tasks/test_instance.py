@@ -3,7 +3,13 @@ import pytest
 import torch
 from composites import mask2former, maskformer
 from PIL import Image
-from transformers import EvalPrediction, MaskFormerForInstanceSegmentation, ViTImageProcessorPil
+from transformers import (
+    EomtConfig,
+    EomtForUniversalSegmentation,
+    EvalPrediction,
+    MaskFormerForInstanceSegmentation,
+    ViTImageProcessorPil,
+)
 
 from vpt_peft.data.canvas import JointAugmentation
 from vpt_peft.tasks.instance import TASK, find_masks, run_lengths
@@ -141,3 +147,24 @@ def test_it_trains_universal_segmenters(make):
 def test_outputs_without_queries_are_refused():
     with pytest.raises(ValueError, match="no class and mask for each query"):
         TASK.measurable(Model, (torch.zeros(2, 3), torch.zeros(2, 3)), ([], []))
+
+
+def test_an_eomt_keeps_its_size(tmp_path):
+    config = EomtConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        mlp_ratio=2,
+        image_size=32,
+        patch_size=8,
+        num_blocks=1,
+        num_queries=5,
+        num_register_tokens=0,
+    )
+    EomtForUniversalSegmentation(config).save_pretrained(tmp_path)
+    model = TASK.load_model(str(tmp_path), {0: "a"}, {}, image_processor=PROCESSOR)
+    assert model.class_predictor.out_features == 2
+    torch.testing.assert_close(model.criterion.empty_weight, torch.tensor([1.0, config.no_object_weight]))
+    larger = ViTImageProcessorPil(size={"height": 48, "width": 48})
+    with pytest.raises(ValueError, match=r"image_size=\[48, 48\]: .* is built for 32 32"):
+        TASK.load_model(str(tmp_path), {0: "a"}, {}, image_processor=larger)

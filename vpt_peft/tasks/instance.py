@@ -191,11 +191,17 @@ class InstanceSegmentation:
     ) -> PreTrainedModel:
         """Load an EoMT, Mask2Former or MaskFormer of transformers, or make a plain ViT an EoMT."""
         config = AutoConfig.from_pretrained(path, **source)
+        size = None if image_processor is None else canvas_size(image_processor)
         if type(config) in AutoModelForUniversalSegmentation._model_mapping:
+            fixed = config.image_size if config.model_type.startswith("eomt") else None
+            if None not in (fixed, size) and size != (fixed, fixed):
+                raise ValueError(
+                    f"image_size={list(size or ())}: {path!r} is built for {fixed} {fixed}; give that, or leave it out."
+                )
             return load_pretrained(AutoModelForUniversalSegmentation, path, config, id2label, source)[0]
-        if image_processor is None:
+        if size is None:
             raise ValueError("an EoMT on a plain ViT is built for one size; give the image processor of the run.")
-        height, width = canvas_size(image_processor)
+        height, width = size
         if height != width:
             raise ValueError(f"image_size={[height, width]}: EoMT takes squares; give one size twice, as in 256 256.")
         with quiet_loading():

@@ -38,7 +38,9 @@ def load_pretrained(
             path, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **source
         )
     head = find_head(model)
-    drawn = {*info["missing_keys"], *(mismatch[0] for mismatch in info["mismatched_keys"])}
+    # Buffers whose shape follows from the classes, such as the weights of a loss, have their values from there too
+    fitted = {mismatch[0] for mismatch in info["mismatched_keys"]} - {name for name, _ in model.named_buffers()}
+    drawn = {*info["missing_keys"], *fitted}
     wrong = sorted(key for key in drawn if not any(key == name or key.startswith(f"{name}.") for name in head))
     if wrong:
         raise ValueError(
