@@ -133,3 +133,15 @@ def test_it_trains_and_is_measured_with_prompts(kind):
     assert found.shape == (2, 20, 6) and expected.shape == (2, 2, 7)
     assert set(found[..., 0].unique().tolist()) <= {0.0, 1.0}
     assert torch.isfinite(found).all() and (found[..., 1] > 0).all() and (found[..., 1] < 1).all()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_checkpoint_gets_a_head_for_other_classes(kind, tmp_path):
+    torch.manual_seed(0)
+    AutoModelForObjectDetection.from_config(MODELS[kind]()).save_pretrained(tmp_path)
+    model = TASK.load_model(str(tmp_path), {0: "a", 1: "b", 2: "c"}, {}).eval()
+    with torch.no_grad():
+        logits = model(pixel_values=torch.rand(1, 3, 64, 64)).logits
+    # One more for no object where the classes exclude one another
+    assert logits.shape[-1] == (4 if kind in ("yolos", "detr") else 3) and torch.isfinite(logits).all()
+    assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
