@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import HTTPError
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
     PrinterCallback,
@@ -24,14 +25,15 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from .arguments import MethodArguments, VPTTrainingArguments
 from .checkpoints import BASELINE_CONFIG, load_trained, save_trained
 from .optim import make_optimizer
+from .processes import are_finite, count_own, count_rows, first_rows, mean_over_processes, share_step
 
 
 class TrainingDiverged(RuntimeError):
     """The loss is not finite; nothing of the step was applied or saved."""
 
 
-class FiniteEvaluation(TrainerCallback):
-    """Stops before a checkpoint is saved whose evaluation loss is not finite."""
+class FiniteValues(TrainerCallback):
+    """Stops before a checkpoint is saved whose evaluation loss or weights are not finite."""
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -39,6 +41,18 @@ class FiniteEvaluation(TrainerCallback):
         loss = (kwargs.get("metrics") or {}).get("eval_loss", 0.0)
         if not math.isfinite(loss):
             raise TrainingDiverged(f"the evaluation loss is {loss} after step {state.global_step}")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Gradients overflow before the loss does
+        trained = [p for p in kwargs["model"].parameters() if p.requires_grad]
+        is_last = control.should_save or control.should_training_stop or state.global_step >= state.max_steps
+        if is_last and not are_finite(trained):
+            raise TrainingDiverged(f"weights are not finite after step {state.global_step}")
+
+    # Whether to save is decided at the one or at the other
+    on_epoch_end = on_step_end
 
 
 class ReadableProgress(ProgressCallback):
@@ -127,7 +141,11 @@ class VPTTrainer(Trainer):
     def __init__(self, *, method: MethodArguments, metrics: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.method = method
-        self.add_callback(FiniteEvaluation())
+        # Weights of our own, as not every model's loss heeds a number of items
+        self.model_accepts_loss_kwargs = False
+        self._weights: Iterator[float] = iter(())
+        self._weight = 1.0
+        self.add_callback(FiniteValues())
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ReadableProgress())
         self.pop_callback(PrinterCallback)
@@ -155,16 +173,46 @@ class VPTTrainer(Trainer):
             self.optimizer = make_optimizer(trained, self.method, self.args)
         return self.optimizer
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        """Return the batches of one optimizer step, each image once."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        batches, weights = share_step(self.accelerator, batches)
+        self._weights = iter(weights)
+        return batches, items
+
+    def compute_loss(self, *args: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """Return the loss as in the base class, times the weight of the batch."""
+        loss, outputs = super().compute_loss(*args, return_outputs=True, **kwargs)
+        loss = loss * self._weight
+        return (loss, outputs) if return_outputs else loss
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One step as in the base class.
 
         Raises:
-            TrainingDiverged: the loss is not finite. The weights are still those of the step before.
+            TrainingDiverged: the loss is not finite in some process. The weights are still those of the step before.
         """
-        loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss).all():
-            raise TrainingDiverged(f"the training loss is {loss.item()} at step {self.state.global_step + 1}")
+        self._weight = next(self._weights, 1.0)
+        try:
+            loss = super().training_step(*args, **kwargs)
+        finally:
+            self._weight = 1.0
+        joint = mean_over_processes(self.accelerator, loss)
+        if not torch.isfinite(joint).all():
+            raise TrainingDiverged(f"the training loss is {joint.item()} at step {self.state.global_step + 1}")
         return loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor | None, Any, Any]:
+        """One batch of an evaluation; images that only fill up the last one do not count."""
+        loss, predictions, targets = super().prediction_step(model, inputs, *args, **kwargs)
+        own = count_own(self.accelerator, inputs)
+        if loss is not None and own < count_rows(inputs):
+            with torch.no_grad(), self.compute_loss_context_manager():
+                counted = self._prepare_inputs(first_rows(inputs, max(own, 1)))
+                loss = self.compute_loss(model, counted).detach()
+        return loss, predictions, targets
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # Sharded training gathers the weights itself and hands them over

@@ -19,7 +19,7 @@ from ..tasks.base import DEFAULT_TASK
 from ..tuners import GatedVPTConfig, VPTConfig
 from .arguments import MethodArguments, VPTTrainingArguments, parse_args
 from .optim import make_optimizer
-from .trainer import FiniteEvaluation
+from .trainer import FiniteValues
 
 
 # A uniform sample of so many images starts prompts as well as all of a large data set would
@@ -97,7 +97,7 @@ def training_recipe(
             _start_at_zero(wrapper.modules_to_save[wrapper.active_adapters[0]])
     return {
         **trainer_inputs(get_task(task), model, arguments.training, train_dataset, eval_dataset),
-        "callbacks": [FiniteEvaluation()],
+        "callbacks": [FiniteValues()],
         "optimizers": (make_optimizer(model, arguments.method, arguments.training), None),
     }
 

@@ -1,0 +1,106 @@
+"""Training in two processes by the program equals training in one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft_fixtures import ROOT
+from safetensors.torch import load_file
+from training_fixtures import short_run
+
+from vpt_peft.training.arguments import parse_args
+from vpt_peft.training.train import train
+
+
+pytest_plugins = ["training_fixtures"]
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed training")
+TOLERANCE = 1e-6
+IMAGES = 32
+# 90 images leave process 1 with ten in its last batch of 16, 70 leave it with none
+CASES: dict[str, dict[str, Any]] = {
+    "deep": {"method": "vpt", "max_train_samples": 90},
+    "checkpointed": {"method": "vpt", "max_train_samples": 70, "gradient_checkpointing": True},
+    "accumulated": {"method": "vpt_shallow", "max_train_samples": 70, "gradient_accumulation_steps": 2},
+    "gated": {"method": "gated_vpt", "max_train_samples": 70},
+    "linear": {"method": "linear", "max_train_samples": 90},
+}
+
+
+def launch(way: str, cases: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Train `cases` in two processes; what process 0 found by case."""
+    (folder / "cases.json").write_text(json.dumps(cases))
+    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    worker = [str(ROOT / "tests" / "training_workers.py"), way, str(folder / "cases.json"), str(folder / "found.json")]
+    done = subprocess.run([*torchrun, *worker], capture_output=True, text=True, env=environment, timeout=500)
+    assert (folder / "found.json").is_file(), done.stderr[-4000:]
+    return json.loads((folder / "found.json").read_text())
+
+
+def flags(case: str, backbone: str, folder: Path, processes: int) -> dict[str, Any]:
+    batch = IMAGES // processes // CASES[case].get("gradient_accumulation_steps", 1)
+    given = {"per_device_train_batch_size": batch, "logging_steps": 1, "logging_strategy": "steps", **CASES[case]}
+    return short_run(backbone, folder / case, **given).given
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny_vit: str, tmp_path_factory: pytest.TempPathFactory):
+    """Per way: the folder of runs in two processes and what was found; under "one" those of a single process."""
+    ran: dict[str, tuple[Path, dict[str, Any]]] = {}
+
+    def get(way: str) -> tuple[Path, dict[str, Any]]:
+        if way not in ran:
+            folder = tmp_path_factory.mktemp(way)
+            processes = 1 if way == "one" else 2
+            cases = {case: flags(case, tiny_vit, folder, processes) for case in CASES}
+            if way == "one":
+                found = {case: {"metrics": train(parse_args(given))} for case, given in cases.items()}
+            else:
+                found = launch(way, cases, folder)
+            ran[way] = folder, found
+        return ran[way]
+
+    return get
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    paths = sorted(folder.glob("*.safetensors"))
+    assert paths, f"no weights in {folder}"
+    return {name: tensor for path in paths for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one(pairs, case: str):
+    (ours, found), (theirs, single) = pairs("ddp"), pairs("one")
+    assert "error" not in found[case], found[case]["error"]
+    assert found[case]["processes"] == 2 and found[case]["wrapper"] == "DistributedDataParallel"
+    trained, expected = weights(ours / case), weights(theirs / case)
+    assert set(trained) == set(expected)
+    for name in expected:
+        assert (trained[name] - expected[name]).abs().max() < TOLERANCE, name
+    for name in ("train_loss", "eval_loss", "eval_accuracy", "test_loss", "test_accuracy", "eval_samples"):
+        assert abs(found[case]["metrics"][name] - single[case]["metrics"][name]) < TOLERANCE, name
+
+
+def test_accumulation_equals_one_batch(pairs, tiny_vit: str, tmp_path: Path):
+    """Four batches of eight, the last ones uneven, are one of 32."""
+    pairs("one")
+    split = short_run(
+        tiny_vit,
+        tmp_path,
+        **CASES["gated"],
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=4,
+    )
+    train(split)
+    expected = weights(pairs("one")[0] / "gated")
+    for name, tensor in weights(tmp_path).items():
+        assert (tensor - expected[name]).abs().max() < TOLERANCE, name
