@@ -185,6 +185,28 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch
         assert all(torch.isfinite(value).all() for value in weights(checkpoint).values())
 
 
+@pytest.mark.parametrize(
+    ("step", "given", "kept"),
+    [(2, {"save_strategy": "steps", "save_steps": 1}, 1), (3, {"save_strategy": "no"}, None)],
+    ids=["checkpoint", "result"],
+)
+def test_weights_that_are_not_finite_are_not_saved(run, tmp_path, monkeypatch, step, given, kept):
+    """A gradient may overflow while the loss of the same step is finite, and no evaluation may follow."""
+
+    class Poisoned(VPTTrainer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.callback_handler.callbacks.insert(0, Poison(step))
+
+    monkeypatch.setattr(program, "VPTTrainer", Poisoned)
+    with pytest.raises(TrainingDiverged, match=f"weights are not finite after step {step}"):
+        run(method="linear", num_train_epochs=1, eval_strategy="no", load_best_model_at_end=False, **given)
+    out = tmp_path / "out"
+    assert not list(out.glob("*.safetensors"))
+    assert last_checkpoint(out) == (out / f"checkpoint-{kept}" if kept else None)
+    assert not (out / f"checkpoint-{step}").exists()
+
+
 def test_foreign_folder_is_left_alone(run, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")

@@ -180,9 +180,11 @@ class VPTTrainer(Trainer):
         self._weights = iter(weights)
         return batches, items
 
-    def compute_loss(self, *args: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
         """Return the loss as in the base class, times the weight of the batch."""
-        loss, outputs = super().compute_loss(*args, return_outputs=True, **kwargs)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         loss = loss * self._weight
         return (loss, outputs) if return_outputs else loss
 
