@@ -149,30 +149,36 @@ def test_activation_checkpointing_changes_nothing_but_memory(run, tmp_path):
 
 
 class Poison(TrainerCallback):
-    """Makes a weight NaN after some steps."""
+    """Sets a weight to a value after some steps."""
 
-    def __init__(self, step):
-        self.step = step
+    def __init__(self, step, value=float("nan")):
+        self.step, self.value = step, value
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step == self.step:
-            next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
+            next(p for p in model.parameters() if p.requires_grad).data.fill_(self.value)
 
 
 @pytest.mark.parametrize(
-    ("step", "kept", "message"),
+    ("step", "value", "kept", "message"),
     [
-        (1, None, "training loss is nan at step 2.*Lower the learning rate.*No checkpoint was saved yet"),
-        # After the last step of the second epoch: seen by the evaluation, before the checkpoint is written
-        (6, 3, "evaluation loss is nan after step 6.*learning_rate=.*checkpoint-3"),
-        (7, 6, "training loss is nan at step 8.*checkpoint-6"),
+        (
+            1,
+            float("nan"),
+            None,
+            "training loss is nan at step 2.*Lower the learning rate.*No checkpoint was saved yet",
+        ),
+        # After the last step of the second epoch: seen before the checkpoint is written
+        (6, float("nan"), 3, "weights are not finite after step 6.*learning_rate=.*checkpoint-3"),
+        (6, 3e38, 3, "evaluation loss is nan after step 6.*learning_rate=.*checkpoint-3"),
+        (7, float("nan"), 6, "training loss is nan at step 8.*checkpoint-6"),
     ],
 )
-def test_nan_stops_and_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch, step, kept, message):
+def test_nan_stops_and_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch, step, value, kept, message):
     class Poisoned(VPTTrainer):
         def __init__(self, **kwargs):
             super().__init__(**kwargs)
-            self.callback_handler.callbacks.insert(0, Poison(step))
+            self.callback_handler.callbacks.insert(0, Poison(step, value))
 
     monkeypatch.setattr(program, "VPTTrainer", Poisoned)
     with pytest.raises(TrainingDiverged, match=f"(?s){message}"):

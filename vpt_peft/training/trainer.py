@@ -180,7 +180,7 @@ class VPTTrainer(Trainer):
         self._weights = iter(weights)
         return batches, items
 
-    def compute_loss(
+    def compute_loss(  # type: ignore[override]
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
         """Return the loss as in the base class, times the weight of the batch."""
