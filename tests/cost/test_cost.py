@@ -27,7 +27,7 @@ from vpt_peft.training.model import BaselineSpec, build_baseline
 
 
 LIMIT = 10**9
-BASELINES = [name for name in METHODS if name not in ("vpt", "vpt_shallow", "gated_vpt", "lora")]
+BASELINES = [name for name in METHODS if name not in ("vpt", "vpt_shallow", "vpt+bias", "gated_vpt", "lora")]
 CONFIGS: dict[str, Any] = {
     "deep": lambda: VPTConfig(num_virtual_tokens=6),
     "tokens": lambda: VPTConfig(num_virtual_tokens=6, implementation="token"),

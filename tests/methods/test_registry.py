@@ -19,7 +19,8 @@ from vpt_peft.training.recipes import recipe_defaults
 
 
 ORDER = [
-    "vpt", "vpt_shallow", "gated_vpt", "linear", "full", "partial", "mlp", "bias", "adapter", "sidetune", "lora"
+    "vpt", "vpt_shallow", "vpt+bias", "gated_vpt", "linear", "full", "partial", "mlp", "bias", "adapter", "sidetune",
+    "lora",
 ]  # fmt: skip
 
 
@@ -46,11 +47,12 @@ def test_prompt_methods_are_those_with_a_prompt_configuration():
     for name in METHODS:
         config = configure(vit(torch.float32), name, options)
         if isinstance(config, VPTConfig):
-            found[name] = (type(config), config.deep, config.num_virtual_tokens, config.prompt_dropout)
+            found[name] = (type(config), config.deep, config.num_virtual_tokens, config.prompt_dropout, config.bias)
     assert found == {
-        "vpt": (VPTConfig, True, 7, 0.25),
-        "vpt_shallow": (VPTConfig, False, 7, 0.25),
-        "gated_vpt": (GatedVPTConfig, False, 7, 0.25),
+        "vpt": (VPTConfig, True, 7, 0.25, "none"),
+        "vpt_shallow": (VPTConfig, False, 7, 0.25, "none"),
+        "vpt+bias": (VPTConfig, True, 7, 0.25, "all"),
+        "gated_vpt": (GatedVPTConfig, False, 7, 0.25, "none"),
     }
     assert tuple(found) == PROMPT_METHODS
 

@@ -69,7 +69,7 @@ def test_what_a_run_leaves(run):
         ["--method", "linear", "--decoder", "setr_pup"],
         ["--method", "full"],
         ["--method", "lora", "--augmentation", "resize"],
-        ["--method", "vpt", "--bias", "all", "--image_size", "20", "28"],
+        ["--method", "vpt+bias", "--image_size", "20", "28"],
     ],
     ids=lambda more: "-".join(part for part in more if not part.startswith("--")),
 )
@@ -130,3 +130,23 @@ def test_what_makes_no_sense_is_refused(place, tmp_path, capsys):
     assert main(["train", "--task", "image-classification", "--decoder", "linear"]) != 0
     assert "decoder='linear' is not for task='image-classification'; drop it" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
+
+
+def test_cost_plot_and_export(place, run, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    common = ["cost", "--model_name_or_path", str(place / "vit"), "--format", "json", "--num_labels", "3"]
+    found = {}
+    for decoder in ("linear", "linear_4"):
+        capsys.readouterr()
+        assert main([*common, "--task", "semantic-segmentation", "--decoder", decoder]) == 0
+        rows = json.loads(capsys.readouterr().out)
+        found[decoder] = {row["method"]: row["trainable_values"] for row in rows}
+    assert "mlp" not in found["linear"] and "vpt+bias" in found["linear"]
+    # The run's own numbers, with ten prompts in place of three
+    assert found["linear"]["linear"] == results(run)["head_parameters"]
+    assert found["linear"]["vpt"] - found["linear"]["linear"] == 4 * 10 * 16
+    assert found["linear_4"]["linear"] == 4 * (2 * 16 + 16 * 3) + 3
+
+    assert main(["plot", str(run), "--output_file", str(tmp_path / "curves.png")]) == 0
+    assert main(["export", str(run), str(tmp_path / "model")]) == 0
+    assert (tmp_path / "curves.png").stat().st_size > 1000 and list(tmp_path.glob("model*.onnx"))

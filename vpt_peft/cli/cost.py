@@ -8,7 +8,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..methods.registry import METHODS
 
@@ -25,7 +25,9 @@ def run(argv: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--model_name_or_path", default="embedded", help="Hub id or folder, or an embedded backbone")
-    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS), help="default: all of them")
+    parser.add_argument("--task", default="image-classification", help="what the head does; others load the weights")
+    parser.add_argument("--decoder", help="semantic-segmentation: head of an encoder, as for vpt-peft train")
+    parser.add_argument("--method", nargs="+", choices=METHODS, help="default: all that fit the task")
     parser.add_argument(
         "--num_virtual_tokens",
         type=int,
@@ -63,9 +65,10 @@ def run(argv: Sequence[str]) -> int:
     output_file, kind, limit = own.pop("output_file"), own.pop("format"), own.pop("memory_limit_gb")
     if limit is not None and not 0 < limit < float("inf"):
         raise ValueError(f"--memory_limit_gb {limit:g} must be a positive number of gigabytes.")
+    model, methods = _find_model(own.pop("model_name_or_path"), own.pop("task"), own.pop("decoder"), own)
     estimates = estimate_costs(
-        own.pop("model_name_or_path"),
-        own.pop("method"),
+        model,
+        own.pop("method") or methods,
         autocast="bfloat16" if own.pop("bf16") else None,
         memory_limit=None if limit is None else int(limit * 1e9),
         **own,
@@ -75,6 +78,23 @@ def run(argv: Sequence[str]) -> int:
         Path(output_file).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     sys.stdout.write(json.dumps(rows, indent=2) + "\n" if kind == "json" else as_table(estimates))
     return 0
+
+
+def _find_model(name: str, task_name: str, decoder: str | None, given: dict[str, Any]) -> tuple[Any, list[str]]:
+    """Return what a task costs by: a classifier's name, or else the model with its head; and the methods that fit."""
+    from ..tasks.base import DEFAULT_TASK
+
+    if task_name == DEFAULT_TASK and decoder is None:
+        return name, list(METHODS)
+    from ..data.arguments import DataArguments
+    from ..tasks import get_task
+    from ..training.arguments import ModelArguments
+    from ..training.model import load_backbone, load_image_processor
+
+    task, source = get_task(task_name), ModelArguments(name, task=task_name, decoder=decoder)
+    labels = {number: str(number) for number in range(given.pop("num_labels", None) or 2)}
+    processor = task.prepare_processor(load_image_processor(source), DataArguments("none"))
+    return load_backbone(source, labels, processor), [each for each in METHODS if each not in task.refused_methods]
 
 
 def as_table(estimates: Sequence[CostEstimate]) -> str:

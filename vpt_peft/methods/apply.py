@@ -57,7 +57,7 @@ def apply_method(
     model.requires_grad_(not method.modify)
     if method.modify:
         trained = getattr(baselines, method.modify)(model, options, spec)
-        head = list(find_head(model).values())
+        head = list(find_head(model, spec).values())
         for module in head:
             module.requires_grad_(True)
         keep_frozen_in_eval(model, [*trained, *head])

@@ -17,6 +17,11 @@ def vpt(model: Any, options: MethodOptions, spec: EncoderSpec | None) -> VPTConf
     return VPTConfig(num_virtual_tokens=options.num_virtual_tokens, **options.fields)
 
 
+def vpt_bias(model: Any, options: MethodOptions, spec: EncoderSpec | None) -> VPTConfig:
+    """Prompts in every block, and the backbone's biases."""
+    return VPTConfig(num_virtual_tokens=options.num_virtual_tokens, **{"bias": "all", **options.fields})
+
+
 def vpt_shallow(model: Any, options: MethodOptions, spec: EncoderSpec | None) -> VPTConfig:
     """Prompts in the first block."""
     return VPTConfig(num_virtual_tokens=options.num_virtual_tokens, deep=False, **options.fields)
@@ -42,4 +47,6 @@ def lora(model: Any, options: MethodOptions, spec: EncoderSpec | None) -> LoraCo
         )
     targets = sorted({each.path.rsplit(".", 1)[-1] for each in known})
     rank = options.lora_r
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, modules_to_save=list(find_head(model)))
+    return LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=targets, modules_to_save=list(find_head(model, spec))
+    )

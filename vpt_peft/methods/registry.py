@@ -56,6 +56,9 @@ _VPT_PAPER = ("Jia et al., ECCV 2022", "https://arxiv.org/abs/2203.12119")
 METHODS: dict[str, Method] = {
     "vpt": Method("Visual Prompt Tuning, deep", *_VPT_PAPER, configure="vpt", flags=_PROMPT_FLAGS),
     "vpt_shallow": Method("Visual Prompt Tuning, shallow", *_VPT_PAPER, configure="vpt_shallow", flags=_PROMPT_FLAGS),
+    "vpt+bias": Method(
+        "Visual Prompt Tuning, deep, with biases", *_VPT_PAPER, configure="vpt_bias", flags=_PROMPT_FLAGS
+    ),
     "gated_vpt": Method(
         "gated prompts",
         "Yoo et al., ICML 2023",
@@ -84,4 +87,4 @@ METHODS: dict[str, Method] = {
 }
 # Flags that only some methods read
 METHOD_FLAGS = frozenset(flag for method in METHODS.values() for flag in method.flags)
-PROMPT_METHODS = ("vpt", "vpt_shallow", "gated_vpt")
+PROMPT_METHODS = ("vpt", "vpt_shallow", "vpt+bias", "gated_vpt")

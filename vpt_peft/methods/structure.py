@@ -59,18 +59,22 @@ def find_output_layer(model: PreTrainedModel) -> tuple[str, nn.Linear]:
     return linears[-1]
 
 
-def find_head(model: PreTrainedModel) -> dict[str, nn.Module]:
+def find_head(model: PreTrainedModel, spec: EncoderSpec | None = None) -> dict[str, nn.Module]:
     """Return the task head as {dotted name: module}: the top-level modules that lead to the labels.
 
     A model with two heads (distilled DeiT) gives both. Where the head sits inside the backbone's own module (timm
     wrappers) the output layer alone is the head. Of a model for boxes or masks it is all that is no encoder: neck,
     decoder and head.
 
+    Args:
+        model (`PreTrainedModel`): the model.
+        spec (`EncoderSpec`, *optional*): its encoder, where it is known.
+
     Raises:
         ValueError: no linear layer has `config.num_labels` outputs.
     """
     if _DENSE.search(type(model).__name__):
-        spec = find_encoder(model)
+        spec = spec or find_encoder(model)
         return {path: model.get_submodule(path) for path in find_task_head(model, spec.path, spec)}
     name, output_layer = find_output_layer(model)
     num_labels = model.config.num_labels

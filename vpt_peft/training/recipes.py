@@ -19,6 +19,7 @@ RECIPES = ("default", "vpt_paper", "gpt_paper")
 _DEFAULT_RATES = {
     "vpt": (3e-2, 1e-3),
     "vpt_shallow": (3e-2, 5e-3),
+    "vpt+bias": (3e-2, 1e-3),
     "gated_vpt": (3e-2, 1e-2),
     "linear": (1e-3, 1e-3),
     "mlp": (1e-3, 1e-3),
@@ -122,7 +123,7 @@ def _default_recipe(given: Mapping[str, Any], method: str) -> dict[str, Any]:
         values["solver"] = "lbfgs"
     if method in PROMPT_METHODS:
         values |= {"prompt_learning_rate": added, "prompt_weight_decay": 0.0}
-    if method == "vpt":
+    if method in ("vpt", "vpt+bias"):
         values["num_train_epochs"] = 10
         # Prompts in all blocks that are random disturb what the backbone knows; tokens of real images hardly do
         if given.get("prompt_location", "prepend") == "prepend" and not given.get("projection_dim"):
