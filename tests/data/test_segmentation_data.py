@@ -157,3 +157,22 @@ def test_too_many_classes(tmp_path):
     (folder / "id2label.json").write_text(json.dumps({str(n): f"c{n}" for n in range(300)}))
     with pytest.raises(DataError, match=re.escape("300 classes are too many; 255 can be told apart")):
         read(folder)
+
+
+def test_every_tile_in_order_also_read_again(tmp_path):
+    """What a second run finds in the cache of `datasets` is read in the same way."""
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    from vpt_peft.tasks import get_task
+
+    folder = write_folders(tmp_path, {"train": 2, "val": 3})
+    processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
+    for _ in range(2):
+        split = read(folder, max_eval_samples=2)["validation"]
+        rows = get_task("semantic-segmentation").rows(split, processor)
+        # 24x32 pixels in windows of 16: two down, three across
+        assert len(rows) == 12
+        counted = [
+            sum(int((rows[6 * image + tile]["labels"] != IGNORED).sum()) for tile in range(6)) for image in (0, 1)
+        ]
+        assert counted == [23 * 32] * 2

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.data import Dataset
 
 from .images import to_rgb
 from .masks import IGNORED
@@ -167,6 +168,33 @@ class SegmentationTransform:
         part = mask[top : top + height, left : left + width]
         missing = ((0, height - part.shape[0]), (0, width - part.shape[1]))
         return np.pad(part, missing, constant_values=IGNORED)
+
+
+class Tiled(Dataset):
+    """Every tile of every image of a split, one after the other, as `SegmentationTransform` gives them.
+
+    Args:
+        split: of `read_segmentation`.
+        transform: for evaluation.
+    """
+
+    def __init__(self, split: Any, transform: SegmentationTransform) -> None:
+        self.split, self.transform = split, transform
+        counts = [len(tiles(size, transform.size)) for size in zip(split["height"], split["width"], strict=True)]
+        self._places = [(row, tile) for row, count in enumerate(counts) for tile in range(count)]
+        self._decoded: tuple[int, dict[str, Any]] = (-1, {})
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row, tile = self._places[index]
+        # Tiles of one image follow each other
+        if self._decoded[0] != row:
+            example = self.split[row]
+            self._decoded = row, {"image": [example["image"]], "annotation": [example["annotation"]]}
+        batch = self.transform({**self._decoded[1], "tile": [tile]})
+        return {name: values[0] for name, values in batch.items()}
 
 
 def _resized(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

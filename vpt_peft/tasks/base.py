@@ -169,8 +169,8 @@ class Task(Protocol):
         augmentation: str = "none",
         train: bool = False,
         seed: int = 0,
-    ) -> datasets.Dataset:
-        """Return a split of `read` whose rows are model input; an image may have several in evaluation."""
+    ) -> Any:
+        """Return a split of `read` as a data set whose rows are model input; an image may have several in evaluation."""
         ...
 
     def collate(self, examples: list[Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ..data.arguments import DataArguments
 from ..data.canvas import canvas_size
 from ..data.masks import IGNORED
 from ..data.segmentation import read_segmentation
-from ..data.windows import SegmentationTransform, tiles
+from ..data.windows import SegmentationTransform, Tiled, tiles
 from ..dense.build import SEGMENTATION_DECODERS, build_segmenter
 from ..dense.mask_classifier import EomtForSemanticSegmentation  # noqa: F401 - registers itself
 from ..dense.segmenter import enlarge
@@ -123,16 +123,12 @@ class SemanticSegmentation:
         augmentation: str = "none",
         train: bool = False,
         seed: int = 0,
-    ) -> datasets.Dataset:
+    ) -> datasets.Dataset | Tiled:
         """Return a split as model input: in training a window of each image, in evaluation every tile of it."""
         transform = self.transform(image_processor, augmentation, train, seed)
-        if not train and not transform.is_scaled:
-            sizes = zip(split["height"], split["width"], strict=True)
-            counts = [len(tiles(size, transform.size)) for size in sizes]
-            indices = [index for index, count in enumerate(counts) for _ in range(count)]
-            numbers = [number for count in counts for number in range(count)]
-            split = split.select(indices).add_column("tile", numbers)
-        return split.with_transform(transform)
+        if train or transform.is_scaled:
+            return split.with_transform(transform)
+        return Tiled(split, transform)
 
     def collate(self, examples: list[Any]) -> dict[str, Any]:
         """Stack pixels `(batch, 3, height, width)` and labels `(batch, height, width)`."""
