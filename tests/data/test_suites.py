@@ -64,8 +64,8 @@ def test_json_lists_number_any_labels_in_order(load, tmp_path, images):
     lists = {"train": {"a/1.jpg": "0817", "a/2.jpg": "0295"}, "val": {"b/3.jpg": "0817"}, "test": {"b/4.jpg": "1010"}}
     for name, rows in lists.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
-        for path in rows:
-            image(tmp_path / images / path, 9)
+        for value, path in enumerate(rows):
+            image(tmp_path / images / path, value)
     found = load(tmp_path)
     assert found["train"].features["label"].names == ["0295", "0817", "1010"]
     assert [found[name]["label"][:] for name in ("train", "validation", "test")] == [[1, 0], [1], [2]]
@@ -74,8 +74,8 @@ def test_json_lists_number_any_labels_in_order(load, tmp_path, images):
 def test_numbers_are_ordered_by_value(load, tmp_path):
     for name, rows in {"train": {"1.jpg": 10, "2.jpg": 9}, "val": {"1.jpg": 9}, "test": {"2.jpg": 100}}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
-    for name in ("1.jpg", "2.jpg"):
-        image(tmp_path / name, 0)
+    for value, name in enumerate(("1.jpg", "2.jpg")):
+        image(tmp_path / name, 99 * value)
     assert load(tmp_path)["train"].features["label"].names == ["9", "10", "100"]
 
 

@@ -1,6 +1,7 @@
 """Flags, files and recipes to dataclasses, and what is refused."""
 
 import json
+import re
 
 import pytest
 
@@ -121,7 +122,9 @@ def test_flags_of_other_methods_are_refused_alike(parse, method):
         if name in METHODS[method].flags:
             parse(*flags)
         else:
-            with pytest.raises(ValueError, match=f"{name}=.* has no effect with method='{method}', only with"):
+            with pytest.raises(
+                ValueError, match=rf"{name}=.* has no effect with method='{re.escape(method)}', only with"
+            ):
                 parse(*flags)
 
 

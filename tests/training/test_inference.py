@@ -224,7 +224,6 @@ def test_training_pushes_the_finished_adapter(hub, tiny_vit, tmp_path, capsys):
         "disable_tqdm": True,
         "push_to_hub": True,
         "hub_model_id": "user/pushed",
-        "hub_token": hub.token,
     }
     assert main(["train", *(f"--{name}={value}" for name, value in flags.items())]) == 0
     assert "user/pushed" in capsys.readouterr().out.splitlines()[-1]

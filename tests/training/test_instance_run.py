@@ -61,8 +61,6 @@ def train(place, out, *more):
             "--image_size",
             "48",
             "48",
-            "--num_virtual_tokens",
-            "2",
             "--disable_tqdm",
             "True",
             *more,

@@ -136,7 +136,7 @@ def test_a_run_gives_what_scikit_learn_does(make_arguments, tmp_path):
     "given", [{"learning_rate": 0.1}, {"num_train_epochs": 2}, {"optim": "sgd"}, {"max_steps": 3}]
 )
 def test_who_sets_the_optimizer_gets_it(given):
-    assert parse_args({"method": "linear", **given}).method.solver is None
+    assert parse_args({"method": "linear", **given}).method.solver == "optimizer"
     assert parse_args({"method": "linear", "solver": "lbfgs", **given}).method.solver == "lbfgs"
 
 

@@ -85,7 +85,8 @@ def test_two_processes_equal_one(pairs, case: str):
     trained, expected = weights(ours / case), weights(theirs / case)
     assert set(trained) == set(expected)
     for name in expected:
-        assert (trained[name] - expected[name]).abs().max() < TOLERANCE, name
+        difference = (trained[name] - expected[name]).abs().max().item()
+        assert difference < TOLERANCE, (name, difference)
     for name in ("train_loss", "eval_loss", "eval_accuracy", "test_loss", "test_accuracy", "eval_samples"):
         assert abs(found[case]["metrics"][name] - single[case]["metrics"][name]) < TOLERANCE, name
 

@@ -80,7 +80,7 @@ def test_resumes_to_the_same_weights(broken_off, original, run, wanted):
         ({"seed": 7}, "seed was None and is 7"),
         ({"learning_rate": 0.5}, "learning_rate was .* and is 0.5"),
         ({"method": "vpt_shallow"}, "method was 'vpt' and is 'vpt_shallow'"),
-        ({"num_virtual_tokens": 3}, "num_virtual_tokens was None and is 3"),
+        ({"num_virtual_tokens": 3}, "num_virtual_tokens was 10 and is 3"),
         ({"max_train_samples": 60}, "max_train_samples was 64 and is 60"),
         ({"num_train_epochs": 4}, "num_train_epochs was 3.* and is 4"),
         ({"per_device_train_batch_size": 16}, "per_device_train_batch_size was 32 and is 16"),

@@ -129,7 +129,12 @@ class ForwardPass:
     def block_pass(self, index: int) -> BlockPass:
         """The part of this pass in block `index`, begun where it has not been."""
         if self.block is None or self.block.index != index:
-            prompts = [(each, layout) for each in self.adapters if (layout := each.layout[index]) is not None]
+            # A loop: compilers do not look through a comprehension that binds a name
+            prompts: BlockPrompts = []
+            for adapter in self.adapters:
+                layout = adapter.layout[index]
+                if layout is not None:
+                    prompts.append((adapter, layout))
             self.block, self.states = BlockPass(index, prompts, self.mixed, self.states), {}
         return self.block
 
