@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -178,8 +177,11 @@ def address(folder):
         except OSError:
             continue
     yield url
-    process.send_signal(signal.SIGINT)
-    process.wait(30)
+    process.terminate()
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 @pytest.fixture(scope="module")
