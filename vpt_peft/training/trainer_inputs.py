@@ -52,8 +52,8 @@ def training_recipe(
 
         trainer = Trainer(**training_recipe(model, data["train"], data["test"], output_dir="out"))
 
-    The result is a plain dictionary: change or add what you like before you pass it on. With FSDP, which shards the
-    model before there is an optimizer, use `vpt-peft train`.
+    The result is a plain dictionary: change or add what you like before you pass it on. FSDP, which shards the
+    model before there is an optimizer, is not supported.
 
     Args:
         model (`PeftModel`): with one active adapter. Its prompts and its head are changed in place.
