@@ -53,6 +53,24 @@ def test_train_evaluate_predict(flags, tmp_path, capsys, method):
     assert len(table["predictions"]) == 10 and table["predictions"][0]["label"] == row[1]
 
 
+def test_a_table_of_images_from_the_folder_beside(tiny_vit, tmp_path, monkeypatch, capsys):
+    (tmp_path / "table").mkdir()
+    rows = ["file,label"]
+    for number in range(12):
+        Image.new("RGB", (8, 8), (20 * number, 0, 0)).save(tmp_path / "table" / f"{number}.png")
+        rows.append(f"{number}.png,{'dark' if number < 6 else 'red'}")
+    (tmp_path / "table" / "labels.csv").write_text("\n".join(rows))
+    monkeypatch.chdir(tmp_path)
+    data = ("--dataset_name", "table/labels.csv")
+    flags = ("--output_dir", "out", "--num_train_epochs", "1", "--disable_tqdm")
+    assert main(["train", "--model_name_or_path", tiny_vit, *data, *flags]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "labels.csv (a local file)" in card and "table/" not in card.partition("| `learning_rate`")[0]
+    capsys.readouterr()
+    assert main(["evaluate", "out", "--split", "validation"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == 2
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -145,15 +145,17 @@ def test_label_beyond_a_declared_class_is_named(load, tmp_path):
         load(tmp_path / "d")
 
 
-@pytest.mark.parametrize("name", ["./nothing", "/nothing/here", "~/nothing here", "a/b/c", "..\\d"])
+@pytest.mark.parametrize("name", ["./nothing", "/nothing/here", "~/nothing here", "a/b/c", "..\\d", "a/b.csv"])
 def test_a_folder_that_is_not_there(load, name):
-    with pytest.raises(DataNotFoundError, match="does not exist; give a folder, a Hub id, or 'digits'"):
+    with pytest.raises(
+        DataNotFoundError, match="does not exist; give a folder, a .csv file of image files and labels"
+    ):
         load(name)
 
 
 def test_a_file_is_not_a_folder(load, tmp_path):
     (tmp_path / "x.zip").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match="is a file, not a folder"):
+    with pytest.raises(FileNotFoundError, match="is a file, but not a .csv file"):
         load(tmp_path / "x.zip")
 
 

@@ -183,7 +183,9 @@ def test_file_with_flags_on_top(tmp_path, suffix):
 
 
 def test_lists_and_flags_of_one_word(parse):
-    _, _, method, training, _ = parse("--layers_to_transform", "1", "2", "--cache_features", "--bf16", "false")
+    switches = ("--cache_features", "--bf16", "false", "--disable_tqdm", "--share_prompts")
+    _, _, method, training, _ = parse("--layers_to_transform", "1", "2", *switches)
+    assert training.disable_tqdm is method.share_prompts is True
     assert method.layers_to_transform == [1, 2] and method.cache_features is True and training.bf16 is False
 
 

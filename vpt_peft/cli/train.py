@@ -73,6 +73,6 @@ def run(argv: Sequence[str]) -> int:
 
 def describe(arguments: Arguments) -> str:
     """Return what a run is made of, given and filled in by the recipe, as one block."""
-    values = {"method": arguments.method.method, "recipe": arguments.method.recipe, **arguments.resolved()}
+    values = arguments.resolved()
     text = ", ".join(f"{name} {value}" for name, value in values.items())
     return textwrap.fill(f"Settings: {text}.", 110, subsequent_indent="  ", break_on_hyphens=False)

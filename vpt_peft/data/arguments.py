@@ -20,7 +20,8 @@ class DataArguments:
         default="digits",
         metadata={
             "help": "A data set id on the Hub, a folder (parquet files in Hub layout, or one folder of images per "
-            "class), 'digits' for scikit-learn's handwritten digits, or 'digits-count' for how many of them there are."
+            "class), a .csv file of image files and labels, 'digits' for scikit-learn's handwritten digits, or "
+            "'digits-count' for how many of them there are."
         },
     )
     dataset_config_name: str | None = field(

@@ -14,6 +14,7 @@ from ..files import read_json
 from .digits import DIGITS
 from .images import IMAGE_SUFFIXES, DataError, DataNotFoundError
 from .listed import is_listed, read_listed
+from .table import read_table
 
 
 # The words by which `datasets` tells split folders from class folders
@@ -28,7 +29,8 @@ def read_source(
     """Read a data set as it comes, and the class names of an `id2label.json` beside it.
 
     Args:
-        name: "digits", "digits-count", a folder, or an id on the Hub (a folder wins over an id).
+        name: "digits", "digits-count", a folder, a .csv file of image files and labels, or an id on the Hub (a folder
+            wins over an id).
         config_name: configuration of the data set.
         revision: branch, tag or commit on the Hub.
         token: Hub token; default: `HF_TOKEN` or the stored login.
@@ -41,6 +43,8 @@ def read_source(
     if name in DIGITS:
         return DIGITS[name](), None
     folder = Path(name).expanduser()
+    if folder.suffix.lower() == ".csv" and folder.is_file():
+        return read_table(folder), read_id2label(folder.parent / "id2label.json")
     options: dict[str, Any] = {"name": config_name, "cache_dir": cache_dir}
     if folder.is_dir():
         try:
@@ -65,9 +69,13 @@ def read_source(
         if isinstance(loaded, datasets.Dataset):
             loaded = datasets.DatasetDict({"train": loaded})
         return loaded, read_id2label(folder / "id2label.json")
-    if folder.exists() or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name:
-        fault = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise DataNotFoundError(f"dataset_name={name!r}: {fault}; give a folder, a Hub id, or 'digits'.")
+    is_path = folder.is_absolute() or folder.suffix.lower() == ".csv"
+    if is_path or folder.exists() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name:
+        fault = "is a file, but not a .csv file" if folder.is_file() else "does not exist"
+        raise DataNotFoundError(
+            f"dataset_name={name!r} {fault}; give a folder, a .csv file of image files and labels, a Hub id, or "
+            "'digits'."
+        )
     try:
         return datasets.load_dataset(name, revision=revision, token=token, **options), None
     except Exception as error:

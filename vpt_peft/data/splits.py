@@ -77,7 +77,7 @@ def find_column(
     fault = f"several columns may be the {kind} column" if typed else f"no {kind} column found"
     raise DataError(
         f"{fault}; there is {columns}. Name it with {kind}_column_name; a folder of images needs at least two class "
-        "folders, all at the same depth."
+        "folders, all at the same depth, or a .csv file of images and labels, which is then the dataset_name."
     )
 
 

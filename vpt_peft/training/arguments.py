@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
@@ -97,14 +98,25 @@ class Arguments(NamedTuple):
         return {name: value for name, value in self.given.items() if name not in _NOT_RECORDED}
 
     def resolved(self) -> dict[str, Any]:
-        """Return `record` with the rates and the metric that were worked out, as plain values."""
+        """Return `subject` and `record` with the rates and the metric that were worked out, as plain values."""
         worked_out = {
             "learning_rate": self.training.learning_rate,
             "prompt_learning_rate": self.method.prompt_learning_rate,
             "head_learning_rate": self.method.head_learning_rate,
             "metric_for_best_model": self.training.metric_for_best_model,
         }
-        return self.record() | {name: value for name, value in worked_out.items() if value is not None}
+        known = {name: value for name, value in worked_out.items() if value is not None}
+        return {**self.subject(), **self.record(), **known}
+
+    def subject(self) -> dict[str, Any]:
+        """Return what learns what, and how."""
+        return {
+            "model_name_or_path": self.model.model_name_or_path,
+            "task": self.model.task,
+            "dataset_name": self.data.dataset_name,
+            "method": self.method.method,
+            "recipe": self.method.recipe,
+        }
 
 
 class FlagParser(HfArgumentParser):
@@ -112,6 +124,10 @@ class FlagParser(HfArgumentParser):
 
     def __init__(self, classes: Any, **kwargs: Any) -> None:
         super().__init__(classes, allow_abbrev=False, **kwargs)
+        for action in self._actions:
+            if action.type is string_to_bool and action.nargs is None:
+                # A flag without a default is on where it is named, as the others are
+                action.nargs, action.const = "?", True
 
     def error(self, message: str) -> Any:
         raise ValueError(f"{message} (see {self.prog} --help)")
@@ -212,14 +228,7 @@ def write_arguments(arguments: Arguments, path: Path) -> Path:
     """
     if path.suffix not in (".json", ".yaml", ".yml"):
         raise ValueError(f"write_config={str(path)!r} must end in .yaml or .json.")
-    first = {
-        "model_name_or_path": arguments.model.model_name_or_path,
-        "task": arguments.model.task,
-        "dataset_name": arguments.data.dataset_name,
-        "method": arguments.method.method,
-        "recipe": arguments.method.recipe,
-    }
-    values = {**first, **arguments.record(), "output_dir": arguments.training.output_dir}
+    values = {**arguments.subject(), **arguments.record(), "output_dir": arguments.training.output_dir}
     text = json.dumps(values, indent=2) + "\n" if path.suffix == ".json" else yaml.safe_dump(values, sort_keys=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, text)

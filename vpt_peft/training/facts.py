@@ -58,14 +58,14 @@ def write_card(
     kept = "the weights of the last epoch are kept"
     if training.load_best_model_at_end:
         kept = f"the weights with the best validation {training.metric_for_best_model} are kept"
-    local_data, data_name = Path(data.dataset_name).exists(), _public_name(data.dataset_name)
+    data_path, data_name = Path(data.dataset_name).expanduser(), _public_name(data.dataset_name)
     metadata = {
         "model_name": folder.resolve().name,
         "pipeline_tag": task.hub_tag,
         "library_name": "peft" if peft_tag else "transformers",
         "tags": ["vpt_peft", task.pipeline_tag, "vision", method.method, *peft_tag],
         "base_model": _public_name(arguments.model.model_name_or_path),
-        "datasets": [data_name] if not local_data and data.dataset_name not in DIGITS else None,
+        "datasets": [data_name] if not data_path.exists() and data.dataset_name not in DIGITS else None,
         "data_name": data_name,
     }
     fields = {
@@ -76,7 +76,9 @@ def write_card(
         "saved_bytes": saved_bytes,
         "seconds": metrics["train_runtime"],
         "data": data,
-        "data_source": f"{data_name} (a local folder)" if local_data else data.dataset_name,
+        "data_source": f"{data_name} (a local {'folder' if data_path.is_dir() else 'file'})"
+        if data_path.exists()
+        else data.dataset_name,
         "images": ", ".join(f"{count:,} {name}" for name, count in images.items()),
         "classes": list(classes.values()),
         "processor": image_processor,
@@ -105,8 +107,9 @@ def _results(task: Task, metrics: Mapping[str, float]) -> list[Result]:
 
 
 def _public_name(name: str) -> str:
-    """Return a Hub id as it is, and of a folder only its name."""
-    return Path(name).resolve().name if Path(name).is_dir() else name
+    """Return a Hub id as it is, and of a folder or a file only its name."""
+    path = Path(name).expanduser()
+    return path.resolve().name if path.exists() else name
 
 
 def _size(processor: Any) -> str:
