@@ -17,13 +17,8 @@ from transformers import (
 )
 
 from vpt_peft import VPTConfig
-from vpt_peft.dense.segmenter import (
-    LinearDecoder,
-    SetrPupDecoder,
-    ViTForSemanticSegmentation,
-    ViTSegmenterConfig,
-    pixel_loss,
-)
+from vpt_peft.dense.decoders import DPTDecoder, LinearDecoder, SetrPupDecoder
+from vpt_peft.dense.segmenter import ViTForSemanticSegmentation, ViTSegmenterConfig, pixel_loss
 
 
 NAMES = {0: "a", 1: "b", 2: "c"}
@@ -88,6 +83,21 @@ def test_the_loss_leaves_pixels_out():
     labels[0] = 255
     torch.testing.assert_close(pixel_loss(logits, labels, 255), F.cross_entropy(logits[1:], labels[1:]))
     assert pixel_loss(logits, torch.full_like(labels, 255), 255) == 0
+
+
+@pytest.mark.parametrize("size", [(3, 5), (4, 4), (1, 1)])
+def test_dpt_reads_the_patches_of_each_block(size):
+    torch.manual_seed(0)
+    decoder, features = DPTDecoder(16, 8, 3, 0.0).eval(), torch.randn(2, 4 * 16, *size)
+    seen = []
+    for layer in decoder.neck.reassemble_stage.layers:
+        layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    logits = decoder(features)
+    assert logits.shape[:2] == (2, 3) and all(
+        got >= 8 * given for got, given in zip(logits.shape[2:], size, strict=True)
+    )
+    torch.testing.assert_close(torch.cat(seen, 1), features)
+    assert [layer.projection.out_channels for layer in decoder.neck.reassemble_stage.layers] == [2, 4, 8, 16]
 
 
 def test_heads():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from segmentation_data import NAMES, write_folders
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from vpt_peft.cli.main import main
 
@@ -20,7 +20,10 @@ def place(tmp_path_factory):
         hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=4
     )
     ViTForImageClassification(config).save_pretrained(folder / "vit")
-    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder / "vit")
+    # Only a backbone of transformers takes UperNet
+    Dinov2Model(Dinov2Config(**{**config.to_dict(), "model_type": "dinov2"})).save_pretrained(folder / "dinov2")
+    for name in ("vit", "dinov2"):
+        ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder / name)
     return folder
 
 
@@ -70,10 +73,15 @@ def test_what_a_run_leaves(run):
         ["--method", "full"],
         ["--method", "lora", "--augmentation", "resize"],
         ["--method", "vpt+bias", "--image_size", "20", "28"],
+        ["--method", "vpt", "--decoder", "dpt"],
+        ["--method", "vpt", "--decoder", "upernet"],
+        ["--method", "linear", "--decoder", "upernet"],
     ],
     ids=lambda more: "-".join(part for part in more if not part.startswith("--")),
 )
 def test_evaluated_again_it_measures_the_same(place, more, tmp_path, capsys):
+    if "upernet" in more:
+        more = [*more, "--model_name_or_path", str(place / "dinov2")]
     assert main(["train", *flags(place, tmp_path / "out", *more, *SHORT)]) == 0
     capsys.readouterr()
     # Another number of windows in a batch than in training

@@ -1,4 +1,4 @@
-"""A segmenter from an encoder: a plain ViT with a head of this package, or a backbone with UperNet or DPT."""
+"""A segmenter from an encoder: a plain ViT with a head of this package, or a backbone with UperNet."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import torch
 from transformers import (
     AutoBackbone,
     AutoConfig,
-    DPTConfig,
-    DPTForSemanticSegmentation,
     PreTrainedModel,
     UperNetConfig,
     UperNetForSemanticSegmentation,
@@ -37,7 +35,7 @@ def build_segmenter(
         path: Hub id or folder of the encoder.
         config: its configuration.
         id2label: the classes.
-        decoder: one of `SEGMENTATION_DECODERS`; "linear_4" reads four blocks, evenly spaced.
+        decoder: one of `SEGMENTATION_DECODERS`; "linear_4" and "dpt" read four blocks, evenly spaced.
         ignore_index: label of pixels that do not count.
         source: `revision`, `token` and `cache_dir`, as of `from_pretrained`.
 
@@ -47,43 +45,33 @@ def build_segmenter(
     """
     if decoder not in SEGMENTATION_DECODERS:
         raise ValueError(f"decoder={decoder!r} is unknown; choose one of {', '.join(SEGMENTATION_DECODERS)}.")
-    if decoder not in ("upernet", "dpt"):
+    if decoder != "upernet":
         return ViTForSemanticSegmentation.from_backbone(
             path,
             id2label,
             source,
             decoder=decoder.removesuffix("_4"),
-            blocks=_four(vision_config(config).num_hidden_layers) if decoder == "linear_4" else None,
+            blocks=_four(vision_config(config).num_hidden_layers) if decoder in ("linear_4", "dpt") else None,
             semantic_loss_ignore_index=ignore_index,
         )
     if type(config) not in AutoBackbone._model_mapping:
         raise ValueError(
             f"decoder={decoder!r} needs a backbone of transformers (DINOv2, DINOv3, Swin, BEiT, ...), and "
-            f"model_type={config.model_type!r} is none; choose linear, linear_4 or setr_pup."
+            f"model_type={config.model_type!r} is none; choose linear, linear_4, setr_pup or dpt."
         )
     names = {int(number): name for number, name in id2label.items()}
-    fields: dict[str, Any] = {
-        "id2label": names,
-        "label2id": {name: number for number, name in names.items()},
-        "semantic_loss_ignore_index": ignore_index,
-    }
-    backbone = AutoBackbone.from_pretrained(path, config=_with_outputs(config, decoder), dtype=torch.float32, **source)
-    model: Any
-    if decoder == "upernet":
-        channels = backbone.channels
-        model = UperNetForSemanticSegmentation(
-            UperNetConfig(backbone_config=backbone.config, auxiliary_in_channels=channels[2], **fields)
+    # AutoBackbone itself asks the Hub first, and takes a folder for the name of a repository
+    loader: Any = AutoBackbone._model_mapping[type(config)]
+    backbone = loader.from_pretrained(path, config=_with_maps(config), dtype=torch.float32, **source)
+    model: Any = UperNetForSemanticSegmentation(
+        UperNetConfig(
+            backbone_config=backbone.config,
+            auxiliary_in_channels=backbone.channels[2],
+            id2label=names,
+            label2id={name: number for number, name in names.items()},
+            semantic_loss_ignore_index=ignore_index,
         )
-    else:
-        model = DPTForSemanticSegmentation(
-            DPTConfig(
-                backbone_config=backbone.config,
-                is_hybrid=False,
-                neck_hidden_sizes=_neck(backbone.config.hidden_size),
-                use_auxiliary_head=False,
-                **fields,
-            )
-        )
+    )
     model.backbone.load_state_dict(backbone.state_dict())
     return model
 
@@ -93,23 +81,14 @@ def _four(depth: int) -> list[int]:
     return sorted({round(depth * part / 4) - 1 for part in (1, 2, 3, 4)} - {-1})
 
 
-def _neck(width: int) -> list[int]:
-    """Return the widths of DPT's maps as those of DPT on a ViT-Base or -Large, in proportion."""
-    return [max(1, width * part // 8) for part in (1, 2, 4, 8)]
-
-
-def _with_outputs(config: Any, decoder: str) -> Any:
-    """Return a backbone's configuration that gives the four maps a decoder reads."""
+def _with_maps(config: Any) -> Any:
+    """Return a backbone's configuration that gives the four maps that UperNet reads."""
     values = config.to_dict()
     values.pop("out_features", None)
     if getattr(config, "depths", None) is not None:
-        if decoder == "dpt":
-            raise ValueError(
-                f"decoder='dpt' needs maps of one size, and model_type={config.model_type!r} halves them."
-            )
         values["out_indices"] = [1, 2, 3, 4]
     else:
         values["out_indices"] = [block + 1 for block in _four(config.num_hidden_layers)]
         if hasattr(config, "reshape_hidden_states"):
-            values["reshape_hidden_states"] = decoder == "upernet"
+            values["reshape_hidden_states"] = True
     return AutoConfig.for_model(values.pop("model_type"), **values)

@@ -66,5 +66,6 @@ class EomtDinov3ForSemanticSegmentation(_SemanticMixin, EomtDinov3ForUniversalSe
     """EoMT on DINOv3."""
 
 
-AutoModelForSemanticSegmentation.register(EomtConfig, EomtForSemanticSegmentation)
-AutoModelForSemanticSegmentation.register(EomtDinov3Config, EomtDinov3ForSemanticSegmentation)
+# Without exist_ok transformers ignores classes for its own configurations
+AutoModelForSemanticSegmentation.register(EomtConfig, EomtForSemanticSegmentation, exist_ok=True)
+AutoModelForSemanticSegmentation.register(EomtDinov3Config, EomtDinov3ForSemanticSegmentation, exist_ok=True)

@@ -13,10 +13,11 @@ from transformers import AutoConfig, AutoModelForSemanticSegmentation, PreTraine
 from transformers import initialization as init
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
+from .decoders import DPTDecoder, LinearDecoder, PixelClassifier, SetrPupDecoder
 from .plain_vit import build_backbone, load_backbone, patch_maps, vision_config
 
 
-DECODERS = ("linear", "setr_pup")
+DECODERS = ("linear", "setr_pup", "dpt")
 
 
 class ViTSegmenterConfig(PreTrainedConfig):
@@ -24,9 +25,9 @@ class ViTSegmenterConfig(PreTrainedConfig):
 
     Args:
         backbone_config: of the plain ViT, or a dict of it.
-        decoder: "linear" (batch norm, dropout, 1x1 convolution, as DINOv3's evaluation) or "setr_pup".
-        blocks: 0-based numbers of the blocks whose patch tokens the head reads; None: the last one.
-        channels: width of the convolutions of "setr_pup".
+        decoder: "linear" (batch norm, dropout, 1x1 convolution, as DINOv3's evaluation), "setr_pup" or "dpt".
+        blocks: 0-based numbers of the blocks whose patch tokens the head reads; None: the last one. "dpt" reads four.
+        channels: width of the convolutions of "setr_pup" and "dpt".
         dropout: before the last convolution, of whole channels.
         semantic_loss_ignore_index: label of pixels that do not count.
         kwargs: as of `PreTrainedConfig`.
@@ -64,64 +65,11 @@ class ViTSegmenterConfig(PreTrainedConfig):
             or not 0 <= self.blocks[0] <= max(self.blocks) < depth
         ):
             raise ValueError(f"blocks={self.blocks} must be some of the {depth} blocks 0..{depth - 1}, in order.")
+        if decoder == "dpt" and len(self.blocks) != 4:
+            raise ValueError(f"blocks={self.blocks}: decoder='dpt' reads four blocks.")
         self.decoder, self.channels, self.dropout = decoder, channels, dropout
         self.semantic_loss_ignore_index = semantic_loss_ignore_index
         super().__init__(**kwargs)
-
-
-class PixelClassifier(nn.Conv2d):
-    """A 1x1 convolution onto the classes, which starts at zero: a random one would send its noise into the prompts."""
-
-    def __init__(self, channels: int, num_labels: int) -> None:
-        super().__init__(channels, num_labels, 1)
-
-
-class LinearDecoder(nn.Sequential):
-    """Batch norm, dropout and a 1x1 convolution.
-
-    Args:
-        width: channels of the features.
-        num_labels: number of classes.
-        dropout: of whole channels.
-    """
-
-    def __init__(self, width: int, num_labels: int, dropout: float) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm2d(width)
-        self.dropout = nn.Dropout2d(dropout)
-        self.classifier = PixelClassifier(width, num_labels)
-
-
-class SetrPupDecoder(nn.Module):
-    """Progressive upsampling of SETR (Zheng et al., CVPR 2021): a 3x3 convolution and twice the size, up to the image's.
-
-    Args:
-        width: channels of the features.
-        channels: of the convolutions.
-        num_labels: number of classes.
-        dropout: of whole channels, before the last convolution.
-        steps: number of times.
-    """
-
-    def __init__(self, width: int, channels: int, num_labels: int, dropout: float, steps: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        widths = [width, *[channels] * max(steps, 1)]
-        self.convolutions = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU(inplace=True)
-            )
-            for before, after in zip(widths[:-1], widths[1:], strict=True)
-        )
-        self.dropout = nn.Dropout2d(dropout)
-        self.classifier = PixelClassifier(channels, num_labels)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Turn features `(batch, width, height, width)` into logits, twice as high and wide with each step."""
-        features = self.norm(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        for convolution in self.convolutions:
-            features = F.interpolate(convolution(features), scale_factor=2, mode="bilinear", align_corners=False)
-        return self.classifier(self.dropout(features))
 
 
 class ViTForSemanticSegmentation(PreTrainedModel):
@@ -144,14 +92,18 @@ class ViTForSemanticSegmentation(PreTrainedModel):
         super().__init__(config)
         self.backbone = build_backbone(config.backbone_config)
         self.patch_size = config.backbone_config.patch_size
-        width = config.backbone_config.hidden_size * len(config.blocks)
-        num_labels = int(config.num_labels or 0)
-        self.decode_head: nn.Module = (
-            LinearDecoder(width, num_labels, config.dropout)
-            if config.decoder == "linear"
-            else SetrPupDecoder(width, config.channels, num_labels, config.dropout, round(math.log2(self.patch_size)))
-        )
+        self.decode_head = self._make_decoder(int(config.num_labels or 0))
         self.post_init()
+
+    def _make_decoder(self, num_labels: int) -> nn.Module:
+        config, hidden = self.config, self.config.backbone_config.hidden_size
+        width = hidden * len(config.blocks)
+        if config.decoder == "linear":
+            return LinearDecoder(width, num_labels, config.dropout)
+        if config.decoder == "setr_pup":
+            steps = round(math.log2(self.patch_size))
+            return SetrPupDecoder(width, config.channels, num_labels, config.dropout, steps)
+        return DPTDecoder(hidden, config.channels, num_labels, config.dropout)
 
     @classmethod
     def from_backbone(

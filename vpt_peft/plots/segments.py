@@ -16,7 +16,7 @@ _OPACITY = 0.55
 # Of the picture: parts below this share of it get no name
 _NAMED = 0.002
 # What later rounds through the palette do to its lightness
-_LIGHTNESS = (1.0, 0.55, 1.35, 0.75, 1.2)
+_LIGHTNESS = (1.0, 0.4, 1.4, 0.65, 1.2)
 
 
 def class_colour(number: int) -> tuple[int, int, int]:
