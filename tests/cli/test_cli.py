@@ -151,3 +151,18 @@ def test_every_command_has_help(capsys, command):
 def test_module_runs():
     done = subprocess.run([sys.executable, "-m", "vpt_peft", "tarin"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and "unknown command" in done.stderr
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+@pytest.mark.parametrize(
+    "flag", [["--token", "hf_x"], ["--token=hf_x"], ["--hub_token", "hf_x"], ["--hub_token=hf_x"]]
+)
+def test_tokens_on_the_command_line(command, flag, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([command, "adapter", *flag]) == 2
+    said = capsys.readouterr().err
+    assert (
+        f"vpt-peft {command}: {flag[0].split('=')[0]}: other users" in said
+        and "set HF_TOKEN in the environment" in said
+    )
+    assert "hf_x" not in said and not list(tmp_path.iterdir())

@@ -251,3 +251,20 @@ def test_numbers_of_prompts_rank_and_biases(parse):
         parse("--num_virtual_tokens", "5", "0")
     with pytest.raises(ValueError, match="prompt_rank=4 has no effect with method='lora'"):
         parse("--method", "lora", "--prompt_rank", "4")
+
+
+@pytest.mark.parametrize("fsdp", ["full_shard", "full_shard auto_wrap", "true"])
+def test_fsdp_is_refused_with_the_remedy(parse, tmp_path, fsdp):
+    with pytest.raises(ValueError, match="Leave out --fsdp.*trains by DDP.*in a loop of yours"):
+        parse("--fsdp", fsdp)
+    with pytest.raises(ValueError, match="does not shard"):
+        parse_args({"fsdp": fsdp, "output_dir": str(tmp_path / "out")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_fsdp_of_accelerate_is_refused(parse, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="accelerate's --use_fsdp"):
+        parse()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    assert parse().training.fsdp in (None, "", [], False)

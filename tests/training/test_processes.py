@@ -33,13 +33,13 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def launch(way: str, cases: dict[str, Any], folder: Path) -> dict[str, Any]:
+def launch(cases: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train `cases` in two processes; what process 0 found by case."""
     (folder / "cases.json").write_text(json.dumps(cases))
     paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    worker = [str(ROOT / "tests" / "training_workers.py"), way, str(folder / "cases.json"), str(folder / "found.json")]
+    worker = [str(ROOT / "tests" / "training_workers.py"), str(folder / "cases.json"), str(folder / "found.json")]
     done = subprocess.run([*torchrun, *worker], capture_output=True, text=True, env=environment, timeout=500)
     assert (folder / "found.json").is_file(), done.stderr[-4000:]
     return json.loads((folder / "found.json").read_text())
@@ -70,7 +70,7 @@ def pairs(tiny_vit: str, tmp_path_factory: pytest.TempPathFactory):
                 finally:
                     torch.set_num_threads(threads)
             else:
-                found = launch(way, cases, folder)
+                found = launch(cases, folder)
             ran[way] = folder, found
         return ran[way]
 

@@ -12,7 +12,6 @@ import sys
 import pytest
 import torch
 
-from vpt_peft.training.arguments import parse_args
 from vpt_peft.training.output import claim_output_dir
 from vpt_peft.training.resume import checkpoints_of, damage, last_checkpoint
 
@@ -174,13 +173,6 @@ def test_a_checkpoint_of_nobody_knows_what(broken_off, run):
     (broken_off / "training_config.json").write_text("{")
     with pytest.raises(ValueError, match="it is not known what run it is of"):
         run(**GIVEN, resume_from_checkpoint="last")
-
-
-@pytest.mark.parametrize("flag", [["--hub_token", "hf_x"], ["--hub_token=hf_x"], ["--token", "hf_x"]])
-def test_tokens_on_the_command_line(flag):
-    with pytest.raises(ValueError, match="set HF_TOKEN in the environment") as caught:
-        parse_args(["--method", "vpt", *flag])
-    assert "hf_x" not in str(caught.value)
 
 
 def test_tokens_are_in_nothing_that_a_run_writes_or_sends(run, hub, tmp_path):

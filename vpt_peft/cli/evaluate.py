@@ -36,12 +36,12 @@ def run(argv: Sequence[str]) -> int:
     own = parser.parse_args(list(argv))
 
     prepare_output_file(own.output_file)
-    folder = local_folder(own.adapter, own.revision, own.subfolder, own.token, own.cache_dir)
+    folder = local_folder(own.adapter, own.revision, own.subfolder, cache_dir=own.cache_dir)
     record = read_record(folder)
     data = from_record(DataArguments, {**record, **vars(own)})
     task = get_task(record.get("task", get_task().pipeline_tag))
-    model, processor = load_adapter_model(folder, own.base_model, token=own.token, cache_dir=own.cache_dir)
-    metrics = evaluate_model(move_to(model, own.device), processor, data, own.split, own.batch_size, own.token, task)
+    model, processor = load_adapter_model(folder, own.base_model, cache_dir=own.cache_dir)
+    metrics = evaluate_model(move_to(model, own.device), processor, data, own.split, own.batch_size, task=task)
     if own.output_file is not None:
         write_json(Path(own.output_file), metrics)
     json.dump(metrics, sys.stdout, indent=2)

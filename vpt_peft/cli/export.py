@@ -24,7 +24,6 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--base_model", help="backbone to use instead of the one it was trained on")
     parser.add_argument("--revision", help="branch, tag or commit of the adapter on the Hub")
     parser.add_argument("--subfolder", help="folder inside the Hub repository")
-    parser.add_argument("--token", help="Hub token")
     parser.add_argument("--cache_dir", help="where Hub downloads are kept")
     own = parser.parse_args(list(argv))
 
@@ -36,8 +35,8 @@ def run(argv: Sequence[str]) -> int:
     need_training()
     from ..training.inference import load_adapter_model, local_folder, read_record
 
-    folder = local_folder(own.adapter, own.revision, own.subfolder, own.token, own.cache_dir)
-    model, processor = load_adapter_model(folder, own.base_model, token=own.token, cache_dir=own.cache_dir)
+    folder = local_folder(own.adapter, own.revision, own.subfolder, cache_dir=own.cache_dir)
+    model, processor = load_adapter_model(folder, own.base_model, cache_dir=own.cache_dir)
     augmentation = read_record(folder).get("augmentation", "none")
     print(export_model(model, own.output, own.format, size, own.opset, not own.no_check, processor, augmentation))
     return 0

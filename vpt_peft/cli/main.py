@@ -32,6 +32,9 @@ COMMANDS = {
 }
 
 
+_SECRETS = ("--token", "--hub_token")
+
+
 def register() -> None:
     """Make the methods known to PEFT.
 
@@ -80,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("vpt_peft").setLevel(logging.INFO)
     try:
+        refuse_secrets(rest)
         # The doctor looks at what would fail here
         if name != "doctor" and not HELP_FLAGS & set(rest):
             register()
@@ -93,6 +97,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"vpt-peft {name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+
+
+def refuse_secrets(argv: Sequence[str]) -> None:
+    """Refuse tokens on the command line, which every list of processes shows.
+
+    Raises:
+        ValueError: there is one; it is not repeated.
+    """
+    for name in _SECRETS:
+        if any(flag == name or flag.startswith(f"{name}=") for flag in argv):
+            raise ValueError(
+                f"{name}: other users of this machine can read a token on the command line; log in once (hf auth "
+                "login), or set HF_TOKEN in the environment. Take the token back if it was a real one."
+            )
 
 
 def _is_user_error(error: Exception) -> bool:

@@ -39,8 +39,8 @@ def run(argv: Sequence[str]) -> int:
 
     prepare_output_file(own.output_file)
     paths = find_images(own.images)
-    folder = local_folder(own.adapter, own.revision, own.subfolder, own.token, own.cache_dir)
-    model, processor = load_adapter_model(folder, own.base_model, token=own.token, cache_dir=own.cache_dir)
+    folder = local_folder(own.adapter, own.revision, own.subfolder, cache_dir=own.cache_dir)
+    model, processor = load_adapter_model(folder, own.base_model, cache_dir=own.cache_dir)
     record = read_record(folder)
     task = get_task(record.get("task", get_task().pipeline_tag))
     kind = own.format or ("json" if str(own.output_file).endswith(".json") else "csv")

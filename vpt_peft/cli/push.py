@@ -15,11 +15,10 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("repo_id", help="user/name on the Hub")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--revision", help="branch to commit to")
-    parser.add_argument("--token", help="Hub token; default: HF_TOKEN or the stored login")
     own = parser.parse_args(list(argv))
     need_training()
 
     from ..hub import push_adapter
 
-    print(push_adapter(own.folder, own.repo_id, own.token, own.private, own.revision))
+    print(push_adapter(own.folder, own.repo_id, private=own.private, revision=own.revision))
     return 0

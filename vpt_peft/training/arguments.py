@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -26,7 +27,6 @@ from .flags import MethodArguments, ModelArguments, TrainingFlags
 from .recipes import group_rates, resolve, scaled_learning_rate
 
 
-_SECRETS = ("token", "hub_token")
 # Neither secrets nor where this run writes belong in the record of a run
 _NOT_RECORDED = ("token", "hub_token", "output_dir", "resume_from_checkpoint", "overwrite_output_dir")
 
@@ -77,6 +77,14 @@ class VPTTrainingArguments(TrainingFlags, TrainingArguments):  # type: ignore[mi
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.max_steps <= 0 and not 0 < self.num_train_epochs < math.inf:
             raise ValueError(f"num_train_epochs={self.num_train_epochs} must be above 0; or give max_steps.")
+        # `accelerate launch --use_fsdp` says it by the environment
+        if self.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+            raise ValueError(
+                "fsdp: vpt-peft train does not shard, as its checkpoints could not be resumed. Leave out --fsdp (and "
+                "accelerate's --use_fsdp): the same command on several processes trains by DDP, with the same weights. "
+                "For a backbone that one GPU cannot hold, wrap the PEFT model by torch's FSDP in a loop of yours "
+                "(docs/how-to/several-gpus.md)."
+            )
         modes = list(torch._inductor.list_mode_options())
         if self.torch_compile_mode is not None and self.torch_compile_mode not in modes:
             raise ValueError(f"torch_compile_mode={self.torch_compile_mode!r} must be one of {', '.join(modes)}.")
@@ -149,8 +157,6 @@ def parse_args(argv: Sequence[str] | Mapping[str, Any]) -> Arguments:
     """
     tokens = as_tokens(argv)
     parser = train_parser("vpt-peft train")
-    if not isinstance(argv, Mapping):
-        refuse_secrets(argv)
     given = vars(parser.without_defaults().parse_args(tokens))
     given = resolve(
         given | {name: out_of_list(given[name]) for name in ("num_virtual_tokens", "bias") if name in given}
@@ -165,20 +171,6 @@ def parse_args(argv: Sequence[str] | Mapping[str, Any]) -> Arguments:
         for name, rate in group_rates(given, training.learning_rate).items():
             setattr(method, name, rate)
     return Arguments(model, data, method, training, given)
-
-
-def refuse_secrets(argv: Sequence[str]) -> None:
-    """Refuse tokens on the command line, which every list of processes shows.
-
-    Raises:
-        ValueError: there is one; it is not repeated.
-    """
-    for name in _SECRETS:
-        if any(flag == f"--{name}" or flag.startswith(f"--{name}=") for flag in argv):
-            raise ValueError(
-                f"--{name}: other users of this machine can read a token on the command line; log in once (hf auth "
-                "login), or set HF_TOKEN in the environment. Take the token back if it was a real one."
-            )
 
 
 def _task_defaults(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def train(arguments: Arguments, with_test: bool = True) -> dict[str, float]:
 
 def features_can_be_fed(training: VPTTrainingArguments) -> bool:
     """Whether the forward pass runs as it is written: not twice, not compiled, not split over devices."""
-    wrapped = training.gradient_checkpointing or training.torch_compile or training.fsdp or training.deepspeed
+    wrapped = training.gradient_checkpointing or training.torch_compile or training.deepspeed
     return not wrapped and training.n_gpu <= 1
 
 

@@ -162,7 +162,7 @@ class VPTTrainer(Trainer):
         except (OSError, HTTPError) as error:
             raise OSError(
                 f"push_to_hub: the repository cannot be made ({str(error).strip().splitlines()[0]}); nothing was "
-                "trained. Check the network, hub_model_id and the token (hf auth login, or hub_token), or train "
+                "trained. Check the network, hub_model_id and the token (hf auth login, or HF_TOKEN), or train "
                 "without push_to_hub and then run: vpt-peft push <output_dir> <user/name>"
             ) from error
 
