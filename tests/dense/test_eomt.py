@@ -2,9 +2,12 @@ import logging
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import Dinov2Config, Dinov2Model, SwinConfig, SwinModel, ViTConfig, ViTForImageClassification
 
 from vpt_peft.dense.eomt import eomt_from_backbone
+from vpt_peft.methods import MethodOptions
+from vpt_peft.methods.apply import apply_method
 
 
 TINY = {"hidden_size": 16, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
@@ -74,3 +77,21 @@ def test_what_does_not_fit_is_refused(vit, tmp_path):
     SwinModel(SwinConfig(embed_dim=8, depths=[1], num_heads=[2], image_size=32)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="not a plain ViT"):
         eomt_from_backbone(str(tmp_path), NAMES, 32)
+
+
+@pytest.mark.parametrize("method", ["vpt", "linear", "lora", "adapter"])
+def test_queries_train_and_are_saved(vit, method, tmp_path):
+    torch.manual_seed(0)
+    base = eomt_from_backbone(vit[1], NAMES, 32, num_queries=5)
+    start = base.query.weight.detach().clone()
+    model = apply_method(base, method, MethodOptions())
+    trained = [each for each in model.parameters() if each.requires_grad]
+    masks, classes = [torch.rand(2, 32, 32).round()], [torch.tensor([0, 1])]
+    model.train()(pixel_values=torch.rand(1, 3, 32, 32), mask_labels=masks, class_labels=classes).loss.backward()
+    torch.optim.SGD(trained, lr=1.0).step()
+    query = base.query.weight
+    assert ((query - start).abs().sum(-1) > 0).all()
+    if isinstance(model, PeftModel):
+        model.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(eomt_from_backbone(vit[1], NAMES, 32, num_queries=5), tmp_path)
+        assert torch.equal(again.get_base_model().query.weight, query)

@@ -4,10 +4,14 @@ import pytest
 import torch
 import transformers as T
 from peft import get_peft_model
-from transformers import AutoModelForObjectDetection
+from transformers import AutoModelForObjectDetection, ViTImageProcessorPil
 
 from vpt_peft import VPTConfig
 from vpt_peft.tasks.detection import TASK
+from vpt_peft.training.arguments import MethodArguments, ModelArguments
+from vpt_peft.training.checkpoints import save_trained
+from vpt_peft.training.inference import load_adapter_model
+from vpt_peft.training.model import build_model
 
 
 NAMES = {0: "cat", 1: "dog"}
@@ -145,3 +149,48 @@ def test_a_checkpoint_gets_a_head_for_other_classes(kind, tmp_path):
     # One more for no object where the classes exclude one another
     assert logits.shape[-1] == (4 if kind in ("yolos", "detr") else 3) and torch.isfinite(logits).all()
     assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
+
+
+@pytest.fixture(scope="module")
+def yolos(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("yolos")
+    AutoModelForObjectDetection.from_config(MODELS["yolos"]()).save_pretrained(folder)
+    return str(folder)
+
+
+def test_yolos_is_transformers_own_until_its_tokens_train(yolos):
+    pixels = torch.rand(1, 3, 64, 64)
+    model = TASK.load_model(yolos, {0: "LABEL_0", 1: "LABEL_1"}, {}).eval()
+    plain = AutoModelForObjectDetection.from_pretrained(yolos).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixel_values=pixels).logits, plain(pixel_values=pixels).logits)
+        # An offset of the tokens is another value of the tokens
+        offsets = torch.randn(10, 32)
+        model.detection_tokens.weight.copy_(offsets)
+        plain.vit.embeddings.detection_tokens += offsets
+        torch.testing.assert_close(model(pixel_values=pixels).logits, plain(pixel_values=pixels).logits)
+
+
+@pytest.mark.parametrize("method", ["vpt", "linear", "lora", "adapter", "full"])
+def test_detection_tokens_train_and_load_again(yolos, method, tmp_path):
+    model_args = ModelArguments(yolos, task="object-detection")
+    torch.manual_seed(1)
+    model = build_model(model_args, MethodArguments(method), NAMES)
+    optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.1)
+    pixels = torch.rand(2, 3, 64, 64)
+    model.train()(pixel_values=pixels, labels=[label([0.5, 0.5, 0.4, 0.4], [1]), label([], [])]).loss.backward()
+    given = {name: value.grad for name, value in model.named_parameters() if "detection_tokens" in name}
+    # Of one set of tokens there is one gradient, be it of the tokens or of their offsets
+    (trained,) = (grad for grad in given.values() if grad is not None)
+    assert trained.shape[-2:] == (10, 32) and (trained.abs().sum(-1) > 0).all()
+    optimizer.step()
+    save_trained(model, tmp_path)
+    ViTImageProcessorPil().save_pretrained(tmp_path)
+    (tmp_path / "training_config.json").write_text('{"task": "object-detection"}')
+    again, _ = load_adapter_model(tmp_path)
+    with torch.no_grad():
+        expected = model.eval()(pixel_values=pixels)
+        found = again(pixel_values=pixels)
+    torch.testing.assert_close(found.logits, expected.logits)
+    torch.testing.assert_close(found.pred_boxes, expected.pred_boxes)

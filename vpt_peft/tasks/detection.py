@@ -24,6 +24,7 @@ from ..data.objects import object_classes
 from ..dense import need_dense
 from ..dense.boxes import centres, corners
 from ..dense.detector import ViTFCOSForObjectDetection
+from ..dense.yolos import FrozenYolosForObjectDetection
 from ..plots.overlay import draw_findings
 from .average_precision import METRICS, AveragePrecision
 from .loading import load_pretrained, quiet_loading
@@ -181,7 +182,10 @@ class ObjectDetection:
         """Load a detector of transformers, or a plain ViT with the head of `ViTFCOSForObjectDetection`."""
         config = AutoConfig.from_pretrained(path, **source)
         if type(config) in AutoModelForObjectDetection._model_mapping:
-            return load_pretrained(AutoModelForObjectDetection, path, config, id2label, source)[0]
+            loader: Any = (
+                FrozenYolosForObjectDetection if config.model_type == "yolos" else AutoModelForObjectDetection
+            )
+            return load_pretrained(loader, path, config, id2label, source)[0]
         with quiet_loading():
             return ViTFCOSForObjectDetection.from_backbone(path, id2label, source)
 
