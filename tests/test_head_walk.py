@@ -56,6 +56,7 @@ def saved(wrappers: dict[str, HeadWrapper]) -> dict[str, dict[str, torch.Tensor]
 def test_saved_heads_give_equal_outputs(name: str):
     model, fresh = make(name), make(name)
     plain = outputs(name, model)
+    assert find_task_head(model) == heads_of(model)
     wrappers = wrap(model)
     assert wrappers
     assert all(map(torch.equal, outputs(name, model), plain))

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from transformers import ViTForImageClassification
 
-from vpt_peft.methods import METHODS
+from vpt_peft.methods import METHODS, MethodOptions
+from vpt_peft.methods.apply import apply_method
 from vpt_peft.methods.modules import BottleneckAdapter, MLPHead, SideTuning
 from vpt_peft.methods.structure import find_blocks, find_final_norm, find_head
 from vpt_peft.training.arguments import ModelArguments
@@ -182,6 +183,8 @@ def test_structure(tiny_vit):
     model = load_backbone(ModelArguments(tiny_vit), LABELS)
     assert find_blocks(model) == list(model.vit.layers)
     assert find_final_norm(model) is model.vit.layernorm
+    assert find_head(model) == {"classifier": model.classifier}
+    apply_method(model, "sidetune", MethodOptions())
     assert find_head(model) == {"classifier": model.classifier}
 
 

@@ -65,6 +65,16 @@ def find_encoder(model: nn.Module, backbone: str | None = None) -> EncoderSpec:
     return specs[0]
 
 
+def find_encoder_path(model: nn.Module) -> str:
+    """Dotted path of the vision encoder inside `model`, which is run only where there may be several.
+
+    Raises:
+        EncoderError: See [`find_encoder`].
+    """
+    found = _candidates(model)
+    return found[0][0] if len(found) == 1 else find_encoder(model).path
+
+
 def _is_stack(module: nn.Module) -> bool:
     """Whether a module is a list of blocks; `nn.Sequential` is one if it repeats a single class."""
     if isinstance(module, nn.Sequential):

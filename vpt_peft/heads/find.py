@@ -12,7 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from vpt_peft.encoder import EncoderSpec
+from vpt_peft.encoder import EncoderSpec, describe_encoder, find_encoder_path
 from vpt_peft.encoder.inputs import IMAGE_INPUTS
 from vpt_peft.encoder.quantized import has_packed_weights
 
@@ -23,7 +23,7 @@ _HEAD_NAME = re.compile(r"(^|_)(head|heads|classifier|classifiers|fc|logits|pred
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
-def find_task_head(model: nn.Module, encoder_path: str, spec: EncoderSpec) -> list[str]:
+def find_task_head(model: nn.Module, encoder_path: str | None = None, spec: EncoderSpec | None = None) -> list[str]:
     """Dotted paths of the modules that make up the task head; empty for a bare backbone.
 
     In a `...ForX` model it is all that has parameters beside the path down to the encoder, and for timm's wrapper what
@@ -33,14 +33,19 @@ def find_task_head(model: nn.Module, encoder_path: str, spec: EncoderSpec) -> li
 
     Args:
         model: The model, or a PEFT model around it.
-        encoder_path: Dotted path of the encoder in it.
-        spec: The encoder.
+        encoder_path: Dotted path of the encoder in it; by default it is found.
+        spec: The encoder; by default it is run where its class alone does not tell.
 
     Returns:
         Paths from the model that PEFT's model is around.
+
+    Raises:
+        EncoderError: No path is given and the model has no vision encoder, or several.
     """
     root = base_model(model)
-    if root is not model:
+    if encoder_path is None:
+        encoder_path = find_encoder_path(root)
+    elif root is not model:
         encoder_path = encoder_path.removeprefix("base_model.model").lstrip(".")
     heads: list[str] = []
     left: list[str] = []
@@ -195,10 +200,11 @@ def _parts(path: str, module: nn.Module) -> list[str]:
     return [path] if _has_parameters(module) else []
 
 
-def _inside(encoder: nn.Module, spec: EncoderSpec) -> tuple[list[str], list[str]]:
+def _inside(encoder: nn.Module, spec: EncoderSpec | None) -> tuple[list[str], list[str]]:
     """Heads, and other parts behind the blocks, in the child of an encoder that holds its blocks."""
     if _is_pretrained_class(encoder) and not _is_task_model(encoder):
         return [], []
+    spec = spec or describe_encoder(encoder)
     known = [block.path for block in spec.blocks]
     known += [path for path in (spec.final_norm, spec.patch_embedding) if path is not None]
     heads: list[str] = []

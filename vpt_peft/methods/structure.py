@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TypeAlias, cast
 
 from peft import PeftModel
@@ -11,9 +10,9 @@ from transformers import PreTrainedModel
 
 from ..encoder import EncoderSpec, find_encoder, submodule
 from ..heads import find_task_head
+from .modules import SIDE_NAME
 
 
-_DENSE = re.compile(r"For\w*(Detection|Segmentation)$")
 Classifier: TypeAlias = PeftModel | PreTrainedModel
 
 
@@ -60,28 +59,14 @@ def find_output_layer(model: PreTrainedModel) -> tuple[str, nn.Linear]:
 
 
 def find_head(model: PreTrainedModel, spec: EncoderSpec | None = None) -> dict[str, nn.Module]:
-    """Return the task head as {dotted name: module}: the top-level modules that lead to the labels.
-
-    A model with two heads (distilled DeiT) gives both. Where the head sits inside the backbone's own module (timm
-    wrappers) the output layer alone is the head. Of a model for boxes or masks it is all that is no encoder: neck,
-    decoder and head.
+    """Return the task head as {dotted name: module}, without a side network that a method has put beside it.
 
     Args:
         model (`PreTrainedModel`): the model.
         spec (`EncoderSpec`, *optional*): its encoder, where it is known.
 
     Raises:
-        ValueError: no linear layer has `config.num_labels` outputs.
+        EncoderError: the model holds no vision encoder, or several.
     """
-    if _DENSE.search(type(model).__name__):
-        spec = spec or find_encoder(model)
-        return {path: model.get_submodule(path) for path in find_task_head(model, spec.path, spec)}
-    name, output_layer = find_output_layer(model)
-    num_labels = model.config.num_labels
-    head = {
-        child_name: child
-        for child_name, child in model.named_children()
-        if not any(isinstance(m, nn.ModuleList) for m in child.modules())
-        and any(isinstance(m, nn.Linear) and m.out_features == num_labels for m in child.modules())
-    }
-    return head or {name: output_layer}
+    paths = find_task_head(model, None if spec is None else spec.path, spec)
+    return {path: model.get_submodule(path) for path in paths if path != SIDE_NAME}

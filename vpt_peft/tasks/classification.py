@@ -256,10 +256,11 @@ def _start_at_zero(model: PreTrainedModel, drawn: Collection[str]) -> None:
     """
     for path, head in find_head(model).items():
         linears = [(name, module) for name, module in head.named_modules() if isinstance(module, nn.Linear)]
-        name, output_layer = linears[-1]
-        if ".".join(filter(None, (path, name, "weight"))) in drawn:
-            for parameter in output_layer.parameters():
-                nn.init.zeros_(parameter)
+        # A norm in front of the output layer may be a part of the head too
+        for name, output_layer in linears[-1:]:
+            if ".".join(filter(None, (path, name, "weight"))) in drawn:
+                for parameter in output_layer.parameters():
+                    nn.init.zeros_(parameter)
 
 
 def _check_columns(splits: Mapping[str, datasets.Dataset], image_column: str, label_column: str) -> None:
