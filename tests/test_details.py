@@ -134,7 +134,7 @@ def test_reservoir_keeps_the_rows_with_the_largest_keys():
 
 def test_prompts_are_not_rotated():
     table = torch.full((3, 2), 0.5)
-    cosine, sine = widen_positions({"rope": (table, table)}, 3, 1, 2)["rope"]
+    cosine, sine = widen_positions((), {"rope": (table, table)}, 3, 1, 2)[1]["rope"]
     assert cosine[:, 0].tolist() == [0.5, 1.0, 1.0, 0.5, 0.5] and sine[:, 0].tolist() == [0.5, 0.0, 0.0, 0.5, 0.5]
 
 

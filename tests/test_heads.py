@@ -230,7 +230,10 @@ def found(model: nn.Module, backbone: str | None = None) -> list[str]:
 def test_heads_stand_anywhere(make, backbone: str | None, expected: list[str]):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        assert found(make(), backbone) == expected
+        model = make()
+        assert found(model, backbone) == expected
+        if backbone is None:
+            assert find_task_head(model) == expected
 
 
 def test_heads_in_a_peft_model():

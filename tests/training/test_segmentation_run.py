@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from segmentation_data import NAMES, write_folders
 from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
@@ -19,6 +20,7 @@ def place(tmp_path_factory):
     config = ViTConfig(
         hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=4
     )
+    torch.manual_seed(0)
     ViTForImageClassification(config).save_pretrained(folder / "vit")
     # Only a backbone of transformers takes UperNet
     Dinov2Model(Dinov2Config(**{**config.to_dict(), "model_type": "dinov2"})).save_pretrained(folder / "dinov2")

@@ -45,7 +45,7 @@ class AttentionExtras:
 
     Args:
         keys, values: Of the prompts, `(batch or 1, heads, prompts, head_dim)`; `None` without key/value prompts.
-        temperature: Divides the logits of all tokens, `(1 or batch, 1, 1, 1)`; `None` without.
+        temperature: Divides the logits of all tokens, `(1 or batch,)`; `None` without.
         prefix: Number of class, register and other tokens in front of the patches.
         inserted: Number of prompt tokens that stand in the sequence, behind the prefix.
         queries: Of prompts that run beside windows, `(batch, heads, prompts, head_dim)`; `None` without.
@@ -167,11 +167,11 @@ def scale_queries(query: torch.Tensor, temperature: torch.Tensor) -> torch.Tenso
     """Queries `(rows, ..., head_dim)` divided by a temperature, one for all or one per image.
 
     Args:
-        temperature: `(1 or batch, 1, 1, 1)`; with several rows per image (windows) images vary slowest.
+        temperature: `(1 or batch,)`; with several rows per image (windows) images vary slowest.
     """
+    temperature = temperature.to(query)
     if temperature.shape[0] > 1:
-        temperature = over_rows(temperature, query.shape[0])
-    temperature = temperature.view(-1, *[1] * (query.dim() - 1)).to(query.dtype)
+        temperature = over_rows(temperature, query.shape[0]).view(-1, *[1] * (query.dim() - 1))
     return _ScaleQueries.apply(query, temperature) if torch.is_grad_enabled() else query / temperature
 
 

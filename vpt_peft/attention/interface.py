@@ -108,7 +108,7 @@ def prompted_attention(
 
 def _base_function(layer: PromptedBlock, name: str) -> Callable:
     eager: Any = layer.spec.attention.eager
-    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager) if name != "eager" else eager
+    return ALL_ATTENTION_FUNCTIONS[name] if name != "eager" else eager
 
 
 def _seen_by(name: str, module: Any) -> Any:

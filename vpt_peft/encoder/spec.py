@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 
@@ -125,7 +126,7 @@ class EncoderSpec:
     merges: tuple[tuple[int, tuple[str, ...]], ...] = ()
     model_type: str = ""
 
-    @property
+    @cached_property
     def num_prefix_tokens(self) -> int:
         """Number of special tokens in front of the patches; prompts are inserted right after them."""
         count = 0

@@ -97,12 +97,14 @@ class GatedPromptAdapter(PromptAdapter):
 
     def pass_on(self, index: int, entered: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
         """A block's prompt outputs `(batch, prompts, width)` after its gate."""
-        gates: Any = self.parts.get("gates", {})
-        key = str(index)
-        return gates[key](entered, left) if key in gates else left
+        gate = self._of_block("gates", index)
+        return left if gate is None else gate(entered, left)
 
     def temperature(self, index: int) -> torch.Tensor | None:
         """The attention temperature of one block, a tensor of one element."""
-        temperatures: Any = self.parts.get("temperatures", {})
-        key = str(index)
-        return temperatures[key]() if key in temperatures else None
+        temperature = self._of_block("temperatures", index)
+        return None if temperature is None else temperature()
+
+    def _of_block(self, part: str, index: int) -> nn.Module | None:
+        modules = self.parts.get(part)
+        return None if modules is None else modules._modules.get(str(index))

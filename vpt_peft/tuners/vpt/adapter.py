@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -101,6 +102,7 @@ class PromptAdapter:
         """The attention temperature of one block, a tensor of one element; `None` without."""
         return None
 
+    @cached_property
     def sources(self) -> list[torch.Tensor]:
         """The parameters that keys and values are made of."""
         kept = ("prompts", "basis", "projection", "biases")

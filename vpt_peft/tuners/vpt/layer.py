@@ -59,12 +59,14 @@ class VPTLayer(nn.Module, PromptTunerLayer):
 
     adapter_layer_names = ()
     other_param_names = ("layouts", "merged_keys", "merged_values", "_merged_from")
+    block: nn.Module
+    owner: Owner
 
     def __init__(self, index: int, spec: BlockSpec, block: nn.Module, owner: Owner) -> None:
         super().__init__()
         self.index, self.spec = index, spec
-        # In a tuple, so that they are not registered as submodules.
-        self._around = (block, owner)
+        # Not by setattr, which would register them as submodules
+        self.__dict__.update(block=block, owner=owner)
         self.layouts: dict[str, BlockLayout | None] = {}
         self.merged_keys = BufferDict({}, persistent=False)
         self.merged_values = BufferDict({}, persistent=False)
@@ -75,14 +77,6 @@ class VPTLayer(nn.Module, PromptTunerLayer):
         self._active_adapter: str | list[str] = []
         self._handles: list[Any] = []
         self._is_hooked = False
-
-    @property
-    def block(self) -> nn.Module:
-        return self._around[0]
-
-    @property
-    def owner(self) -> Owner:
-        return self._around[1]
 
     def _get_available_adapters(self) -> set[str]:
         return {name for name, layout in self.layouts.items() if layout is not None}
@@ -148,25 +142,26 @@ class VPTLayer(nn.Module, PromptTunerLayer):
         for adapter, layout in here.prompts:
             if layout.mode == "kv":
                 continue
-            prompts = self.prompts_of(here, adapter, layout).to(hidden.device, hidden.dtype)
+            prompts = self.prompts_of(here, adapter, layout).to(hidden)
             if layout.mode == "add":
                 hidden = for_images_of(mixed, adapter.name, hidden, hidden + prompts)
                 continue
             images = here.batch if mixed is None else len(mixed.rows(adapter.name, hidden.device))
-            here.states[adapter.name] = prompts.expand(images, -1, -1)
+            prompts = prompts if prompts.shape[0] == images else prompts.expand(images, -1, -1)
+            here.states[adapter.name] = prompts
             if layout.mode == "token":
-                among[adapter.name] = here.states[adapter.name]
+                among[adapter.name] = prompts
         if among:
             parts = list(among.values())
             if mixed is not None:
                 spread, here.padding = mixed.spread(among)
                 parts = [spread]
+            count = hidden.shape[1]
             hidden = tokens.insert_tokens(hidden, parts, position)
             if self.index == 0:
                 tokens.keep_initial_hidden_state(original)
-            here.inserted = sum(prompts.shape[1] for prompts in parts)
-            count = hidden.shape[1] - here.inserted
-            args, kwargs = (tokens.widen_positions(each, count, position, here.inserted) for each in (args, kwargs))
+            here.inserted = hidden.shape[1] - count
+            args, kwargs = tokens.widen_positions(args, kwargs, count, position, here.inserted)
         elif self.skips_unread(running, here, args[0 if argument else 1 :], kwargs):
             here.all_tokens = hidden
             hidden = hidden[:, :position]
@@ -270,7 +265,7 @@ class VPTLayer(nn.Module, PromptTunerLayer):
         for adapter, layout in here.prompts:
             temperature = adapter.temperature(self.index)
             if temperature is not None:
-                temperature = per_image(here.mixed, adapter.name, temperature.to(like.device, like.dtype))
+                temperature = per_image(here.mixed, adapter.name, temperature)
                 extras.temperature = temperature if extras.temperature is None else extras.temperature * temperature
             if layout.mode == "window":
                 beside.append(here.states[adapter.name])
@@ -312,7 +307,7 @@ class VPTLayer(nn.Module, PromptTunerLayer):
         """Whether merged keys and values are those of the adapter's present values, which do not train in this pass."""
         if adapter.name not in self._merged_from:
             return False
-        made_of, sources = self._merged_from[adapter.name], adapter.sources()
+        made_of, sources = self._merged_from[adapter.name], adapter.sources
         if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
             return False
         if torch.compiler.is_compiling():
@@ -342,7 +337,7 @@ class VPTLayer(nn.Module, PromptTunerLayer):
         finally:
             end_pass(self.owner)
         self.merged_keys[name], self.merged_values[name] = keys.contiguous(), values.contiguous()
-        self._merged_from[name] = [(source, source._version) for source in adapter.sources()]
+        self._merged_from[name] = [(source, source._version) for source in adapter.sources]
         self.merged_adapters.append(name)
 
     def unmerge_prompts(self) -> None:

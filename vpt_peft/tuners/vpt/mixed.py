@@ -93,12 +93,12 @@ def for_images_of(mixed: MixedBatch | None, name: str, before: torch.Tensor, aft
 
 
 def per_image(mixed: MixedBatch | None, name: str, temperature: torch.Tensor) -> torch.Tensor:
-    """A temperature of one element as `(1 or batch, 1, 1, 1)`, 1 for the images of other adapters."""
+    """A temperature `(1,)`, in a mixed batch as `(batch,)` with 1 for the images of other adapters."""
     if mixed is None:
-        return temperature.view(1, 1, 1, 1)
+        return temperature
     rows = mixed.rows(name, temperature.device)
     ones = temperature.new_ones(len(mixed.names))
-    return ones.index_copy(0, rows, temperature.view(1).expand(len(rows))).view(-1, 1, 1, 1)
+    return ones.index_copy(0, rows, temperature.expand(len(rows)))
 
 
 def check_mixed_batch(

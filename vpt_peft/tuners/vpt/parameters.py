@@ -47,14 +47,16 @@ class VPTParameters(nn.Module, PromptTunerLayer):
     """
 
     other_param_names = ("configs", "layouts", "classes", "heads")
+    encoder: nn.Module
+    root: nn.Module
 
     def __init__(
         self, spec: EncoderSpec, encoder: nn.Module, root: nn.Module, read: tuple[bool, ...] | None = None
     ) -> None:
         super().__init__()
         self.spec, self.read = spec, read
-        # In a tuple, so that they are not registered as submodules.
-        self._modules_around = (encoder, root)
+        # Not by setattr, which would register them as submodules
+        self.__dict__.update(encoder=encoder, root=root)
         self.interpolates = "interpolate_pos_encoding" in signature(encoder.forward).parameters
         self.layers: tuple[VPTLayer, ...] = ()
         self.adapter_layer_names: tuple[str, ...] = ()
@@ -69,14 +71,6 @@ class VPTParameters(nn.Module, PromptTunerLayer):
         self._handles: list[Any] = []
         self._unpacked: tuple[nn.Module, ...] = ()
         self.checkpointed: tuple[nn.Module, ...] = ()
-
-    @property
-    def encoder(self) -> nn.Module:
-        return self._modules_around[0]
-
-    @property
-    def root(self) -> nn.Module:
-        return self._modules_around[1]
 
     @property
     def merged_adapters(self) -> list[str]:  # type: ignore[override]

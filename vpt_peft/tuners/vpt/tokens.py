@@ -36,7 +36,7 @@ def split_tokens(
     """The tokens before `position`, the prompts of each length that stand there, and the tokens behind them."""
     # One split, since the gradient of each slice by itself would be as large as `hidden`
     rest = hidden.shape[1] - position - sum(lengths)
-    before, *parts, behind = hidden.split([position, *lengths, rest], dim=1)
+    before, *parts, behind = hidden.split_with_sizes([position, *lengths, rest], dim=1)
     return before, parts, behind
 
 
@@ -45,15 +45,19 @@ def replace_tokens(output: Any, hidden: torch.Tensor) -> Any:
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
-def widen_positions(arguments: Any, tokens: int, position: int, count: int) -> Any:
+def widen_positions(
+    args: tuple, kwargs: dict[str, Any], tokens: int, position: int, count: int
+) -> tuple[tuple, dict[str, Any]]:
     """Give rotary tables among a block's arguments a neutral entry (no rotation) for each prompt.
 
     A table is a pair (cos, sin) over all `tokens`, or a complex tensor; tables over patches only fit as they are,
     since prompts stand before the patches.
     """
-    if isinstance(arguments, dict):
-        return {name: _widen_table(value, tokens, position, count) for name, value in arguments.items()}
-    return tuple(_widen_table(value, tokens, position, count) for value in arguments)
+    where = tokens, position, count
+    return (
+        tuple([_widen_table(value, *where) for value in args]),
+        {name: _widen_table(value, *where) for name, value in kwargs.items()},
+    )
 
 
 def _widen_table(value: Any, tokens: int, position: int, count: int) -> Any:
