@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -113,6 +112,7 @@ class EncoderSpec:
         merges: Patch merging between stages: (index of the next block, dotted paths of norm and reduction in the order
             they run).
         model_type: The encoder config's `model_type`.
+        num_prefix_tokens: Number of special tokens in front of the patches; prompts are inserted right after them.
     """
 
     path: str
@@ -125,14 +125,13 @@ class EncoderSpec:
     packed: bool = False
     merges: tuple[tuple[int, tuple[str, ...]], ...] = ()
     model_type: str = ""
+    num_prefix_tokens: int = field(init=False)
 
-    @cached_property
-    def num_prefix_tokens(self) -> int:
-        """Number of special tokens in front of the patches; prompts are inserted right after them."""
+    def __post_init__(self) -> None:
         count = 0
         while count in self.special:
             count += 1
-        return count
+        object.__setattr__(self, "num_prefix_tokens", count)
 
 
 def submodule(root: Any, path: str) -> Any:

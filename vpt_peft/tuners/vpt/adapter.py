@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ class PromptAdapter:
         self, owner: Owner, name: str, config: VPTConfig, layout: Layout, parts: dict[str, nn.Module]
     ) -> None:
         self.owner, self.name, self.config, self.layout, self.parts = owner, name, config, layout, parts
+        self._sources: list[torch.Tensor] | None = None
 
     @classmethod
     def make_parts(cls, owner: Owner, config: Any, layout: Layout, like: dict[str, Any]) -> dict[str, nn.Module]:
@@ -102,11 +102,12 @@ class PromptAdapter:
         """The attention temperature of one block, a tensor of one element; `None` without."""
         return None
 
-    @cached_property
     def sources(self) -> list[torch.Tensor]:
         """The parameters that keys and values are made of."""
-        kept = ("prompts", "basis", "projection", "biases")
-        return [p for part in kept if part in self.parts for p in self.parts[part].parameters()]
+        if self._sources is None:
+            kept = [self.parts[part] for part in ("prompts", "basis", "projection", "biases") if part in self.parts]
+            self._sources = [parameter for part in kept for parameter in part.parameters()]
+        return self._sources
 
 
 def _make_prompts(owner: Owner, config: VPTConfig, layout: Layout, like: dict[str, Any]) -> dict[str, nn.Module]:

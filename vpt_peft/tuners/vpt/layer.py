@@ -307,7 +307,7 @@ class VPTLayer(nn.Module, PromptTunerLayer):
         """Whether merged keys and values are those of the adapter's present values, which do not train in this pass."""
         if adapter.name not in self._merged_from:
             return False
-        made_of, sources = self._merged_from[adapter.name], adapter.sources
+        made_of, sources = self._merged_from[adapter.name], adapter.sources()
         if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
             return False
         if torch.compiler.is_compiling():
@@ -337,7 +337,7 @@ class VPTLayer(nn.Module, PromptTunerLayer):
         finally:
             end_pass(self.owner)
         self.merged_keys[name], self.merged_values[name] = keys.contiguous(), values.contiguous()
-        self._merged_from[name] = [(source, source._version) for source in adapter.sources]
+        self._merged_from[name] = [(source, source._version) for source in adapter.sources()]
         self.merged_adapters.append(name)
 
     def unmerge_prompts(self) -> None:
