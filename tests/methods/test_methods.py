@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import ViTForImageClassification
 
-from vpt_peft.methods import METHODS, MethodOptions
+from vpt_peft.methods import COMBINED_METHODS, METHODS, MethodOptions
 from vpt_peft.methods.apply import apply_method
 from vpt_peft.methods.modules import BottleneckAdapter, MLPHead, SideTuning
 from vpt_peft.methods.structure import find_blocks, find_final_norm, find_head
@@ -16,6 +17,7 @@ from vpt_peft.training.checkpoints import save_trained
 from vpt_peft.training.inference import load_adapter_model
 from vpt_peft.training.model import build_model, check_trainable, load_backbone
 from vpt_peft.training.optim import split_trainable
+from vpt_peft.tuners.vpt.parameters import find_parameters
 
 
 pytest_plugins = ["training_fixtures"]
@@ -36,6 +38,8 @@ EXPECTED = {
     "vpt_shallow": (10 * 32, 0),
     "vpt+bias": (3 * 10 * 32 + 3 * (4 * 32 + 64 + 32 + 2 * 32) + 32 + 32, 0),
     "gated_vpt": (10 * 32 + 2 + 3, 0),
+    "vpt+lora": (3 * 10 * 32, 3 * 2 * 8 * (32 + 32)),
+    "vpt+adapter": (3 * 10 * 32, 3 * (32 * 4 + 4 + 4 * 32 + 32)),
 }
 
 
@@ -149,6 +153,40 @@ def test_added_modules_change_nothing_at_the_start(build, images, method):
     with torch.no_grad():
         expected = plain.eval()(pixel_values=images).logits
         assert torch.allclose(changed.eval()(pixel_values=images).logits, expected, atol=1e-6)
+
+
+def test_prompts_act_together_with_what_stands_beside_them(build, images):
+    """LoRA is part of the maps that make keys and values of prompts: as prompts on a backbone into which it was merged."""
+    model = build("vpt+lora", lora_r=4, num_virtual_tokens=[5], prompt_dropout=0.0)
+    some_steps(model, images)
+    with torch.no_grad():
+        both = model.eval()(pixel_values=images).logits
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                assert module.r["lora"] == 4
+                module.merge()
+        torch.testing.assert_close(model(pixel_values=images).logits, both)
+        prompts = find_parameters(model)
+        alone = build("vpt", num_virtual_tokens=[5])
+        weights = {name.replace(".base_layer", ""): value for name, value in model.state_dict().items()}
+        base = alone.get_base_model()
+        wanted = {name: weights[name.replace("classifier.modules_to_save.default", "classifier")
+                                .replace("classifier.original_module", "classifier")] for name in base.state_dict()}  # fmt: skip
+        base.load_state_dict(wanted)
+        assert sum(p.numel() for p in prompts.parameters()) == 3 * 5 * 32
+        torch.testing.assert_close(alone.eval()(pixel_values=images).logits, both)
+
+
+@pytest.mark.parametrize("method", COMBINED_METHODS)
+def test_options_of_a_combination_come_back(build, images, tmp_path, method):
+    own = {"lora_r": 3} if method == "vpt+lora" else {"adapter_reduction": 4}
+    model = build(method, num_virtual_tokens=[2], projection_dim=7, **own)
+    some_steps(model, images)
+    save_trained(model, tmp_path / "saved")
+    assert not (tmp_path / "saved" / "adapter_config.json").exists()
+    loaded, _ = load_adapter_model(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(model.eval()(pixel_values=images).logits, loaded(pixel_values=images).logits)
 
 
 def test_adapter_formula():

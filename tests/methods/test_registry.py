@@ -12,7 +12,7 @@ from transformers import HieraConfig, HieraForImageClassification
 from vpt_peft import GatedVPTConfig, VPTConfig
 from vpt_peft.cost import estimate_costs
 from vpt_peft.encoder import find_encoder
-from vpt_peft.methods import METHODS, PROMPT_METHODS, MethodOptions
+from vpt_peft.methods import COMBINED_METHODS, METHODS, PROMPT_METHODS, MethodOptions
 from vpt_peft.methods.apply import apply_method, configure
 from vpt_peft.training.arguments import train_parser
 from vpt_peft.training.recipes import recipe_defaults
@@ -20,7 +20,7 @@ from vpt_peft.training.recipes import recipe_defaults
 
 ORDER = [
     "vpt", "vpt_shallow", "vpt+bias", "gated_vpt", "linear", "full", "partial", "mlp", "bias", "adapter", "sidetune",
-    "lora",
+    "lora", "vpt+lora", "vpt+adapter",
 ]  # fmt: skip
 
 
@@ -55,6 +55,7 @@ def test_prompt_methods_are_those_with_a_prompt_configuration():
         "gated_vpt": (GatedVPTConfig, False, 7, 0.25, "none"),
     }
     assert tuple(found) == PROMPT_METHODS
+    assert set(COMBINED_METHODS) == {name for name in METHODS if name.startswith("vpt+")} - set(PROMPT_METHODS)
 
 
 def test_lora_is_on_query_and_value_also_where_they_are_fused():
@@ -90,7 +91,7 @@ def test_a_known_encoder_is_not_looked_for_again(monkeypatch):
     spec = find_encoder(model)
     for module in ("baselines", "peft_configs", "structure"):
         monkeypatch.setattr(f"vpt_peft.methods.{module}.find_encoder", lambda *_: pytest.fail("looked again"))
-    for name in ("partial", "adapter", "lora"):
+    for name in ("partial", "adapter", "lora", *COMBINED_METHODS):
         apply_method(vit(torch.float32), name, MethodOptions(), spec)
 
 

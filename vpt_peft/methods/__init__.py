@@ -1,7 +1,7 @@
 """The methods that adapt a frozen backbone: prompts, LoRA and the baselines of the papers, each built in one place."""
 
 from .options import MethodOptions
-from .registry import METHODS, PROMPT_METHODS, Method
+from .registry import COMBINED_METHODS, METHODS, PROMPT_METHODS, Method
 
 
-__all__ = ["METHODS", "PROMPT_METHODS", "Method", "MethodOptions"]
+__all__ = ["COMBINED_METHODS", "METHODS", "PROMPT_METHODS", "Method", "MethodOptions"]

@@ -10,6 +10,7 @@ from torch import nn
 from ..encoder import EncoderSpec
 from ..heads import trained_modules
 from ..tuners import VPTConfig
+from ..tuners.vpt.parameters import find_parameters
 from . import baselines, peft_configs
 from .modules import keep_frozen_in_eval
 from .options import MethodOptions
@@ -57,7 +58,9 @@ def apply_method(
     model.requires_grad_(not method.modify)
     if method.modify:
         trained = getattr(baselines, method.modify)(model, options, spec)
-        head = list(find_head(model, spec).values())
+        prompts = find_parameters(model)
+        # Prompts, where there are some, know the encoder
+        head = list(find_head(model, spec if prompts is None else prompts.spec).values())
         for module in head:
             module.requires_grad_(True)
         keep_frozen_in_eval(model, [*trained, *head])

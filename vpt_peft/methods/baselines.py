@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from typing import Any, cast
 
 import torch
+from peft import inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ..encoder import EncoderSpec, find_encoder
+from ..encoder import EncoderSpec, find_encoder, submodule
+from ..tuners.vpt.parameters import VPTParameters, find_parameters
+from . import peft_configs
 from .modules import MLPHead, add_bottleneck_adapters, add_side_network
 from .options import MethodOptions
 from .structure import find_blocks, find_final_norm, find_output_layer
@@ -58,6 +63,42 @@ def adapter(model: Any, options: MethodOptions, spec: EncoderSpec | None) -> lis
     widths = [block.width for block in spec.blocks]
     adapters = add_bottleneck_adapters(find_blocks(model, spec), widths, options.adapter_reduction)
     return [module.to(_floating(model)) for module in adapters]
+
+
+def vpt_lora(model: Any, options: MethodOptions, spec: EncoderSpec | None) -> list[nn.Module]:
+    """Prompts in every block, and LoRA on the query and value projections."""
+    prompts = _add_prompts(model, options, spec)
+    config = peft_configs.lora(model, options, prompts.spec)
+    config.modules_to_save = None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        inject_adapter_in_model(config, model, adapter_name="lora")
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    added = [part for layer in layers for part in (layer.lora_A, layer.lora_B)]
+    return _training([prompts, *added])
+
+
+def vpt_adapter(model: Any, options: MethodOptions, spec: EncoderSpec | None) -> list[nn.Module]:
+    """Prompts in every block, and a bottleneck behind it."""
+    prompts = _add_prompts(model, options, spec)
+    return _training([prompts, *adapter(model, options, prompts.spec)])
+
+
+def _add_prompts(model: Any, options: MethodOptions, spec: EncoderSpec | None) -> VPTParameters:
+    config = peft_configs.vpt(model, options, spec)
+    config.modules_to_save = []
+    if spec is not None:
+        # With their parameters in place the encoder is not traced again, which takes weights
+        VPTParameters(spec, submodule(model, spec.path), model).attach()
+    inject_adapter_in_model(config, model)
+    return cast(VPTParameters, find_parameters(model))
+
+
+def _training(modules: list[nn.Module]) -> list[nn.Module]:
+    """Let modules train: each adapter that is put in freezes those before it."""
+    for module in modules:
+        module.requires_grad_(True)
+    return modules
 
 
 def sidetune(model: Any, options: MethodOptions, spec: EncoderSpec | None) -> list[nn.Module]:

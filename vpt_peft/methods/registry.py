@@ -84,7 +84,15 @@ METHODS: dict[str, Method] = {
     "lora": Method(
         "LoRA", "Hu et al., ICLR 2022", "https://arxiv.org/abs/2106.09685", configure="lora", flags=("lora_r", *_ADDED)
     ),
+    "vpt+lora": Method("Visual Prompt Tuning, deep, with LoRA", modify="vpt_lora", flags=(*_PROMPT_FLAGS, "lora_r")),
+    "vpt+adapter": Method(
+        "Visual Prompt Tuning, deep, with bottleneck adapters",
+        modify="vpt_adapter",
+        flags=(*_PROMPT_FLAGS, "adapter_reduction"),
+    ),
 }
 # Flags that only some methods read
 METHOD_FLAGS = frozenset(flag for method in METHODS.values() for flag in method.flags)
 PROMPT_METHODS = ("vpt", "vpt_shallow", "vpt+bias", "gated_vpt")
+# Prompts beside another method, which no single PEFT configuration describes
+COMBINED_METHODS = ("vpt+lora", "vpt+adapter")

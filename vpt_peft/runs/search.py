@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from itertools import product
 from typing import Any
 
-from ..methods import PROMPT_METHODS
+from ..methods import COMBINED_METHODS, PROMPT_METHODS
 from .grid import Range
 
 
@@ -33,6 +33,8 @@ def search_space(method: str) -> dict[str, list | Range]:
     """Return the flags of `vpt-peft train` that a search for a method varies, with their values."""
     if method in ("linear", "mlp"):
         return {"learning_rate": Range(1e-3, 3e-1, False), "weight_decay": _HEAD["weight_decay"], **_EPOCHS}
+    if method in COMBINED_METHODS:
+        return {**_ADDED, **_PROMPTS, **_HEAD, **_EPOCHS}
     if method in PROMPT_METHODS:
         return {**_PROMPTS, **_HEAD, **_EPOCHS}
     rates = {"learning_rate": Range(1e-5, 1e-3, False)} if method in ("full", "partial") else _ADDED

@@ -134,7 +134,7 @@ def _snippet(arguments: Arguments, task: Task, folder: Path, model_class: str) -
         f"with torch.no_grad():\n{indent(task.example, '    ')}\n"
     )
     # transformers does not know the heads of this package
-    if method not in (*PROMPT_METHODS, "lora") or not hasattr(transformers, model_class) or arguments.model.decoder:
+    if not METHODS[method].configure or not hasattr(transformers, model_class) or arguments.model.decoder:
         return (
             "import torch\nfrom PIL import Image\nfrom vpt_peft.training.inference import load_adapter_model\n\n"
             f"{target}model, processor = load_adapter_model(adapter)\n{use}"

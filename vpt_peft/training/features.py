@@ -19,7 +19,7 @@ from torch import nn
 from torch.func import functional_call
 
 from ..encoder.trace import perturbed
-from ..methods import PROMPT_METHODS
+from ..methods import COMBINED_METHODS, PROMPT_METHODS
 from ..methods.structure import Classifier, base_model, find_blocks, find_final_norm, find_head
 from .arguments import MethodArguments
 from .optim import split_trainable
@@ -50,6 +50,9 @@ def find_split_point(model: Classifier, method: MethodArguments, augmentation: s
     That is where images are augmented at random, or where something trains in the first block or before it.
     """
     if augmentation == "resize_crop_flip" or method.prompt_location in _INPUT_PROMPTS or method.method == "sidetune":
+        return None
+    if method.method in COMBINED_METHODS:
+        # Something trains in every block
         return None
     base = base_model(model)
     heads = list(find_head(base).values())

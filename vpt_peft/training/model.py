@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,9 @@ class BaselineSpec:
     partial_blocks: int
     mlp_layers: int
     adapter_reduction: int
+    lora_r: int = 8
+    num_virtual_tokens: int | list[int] = 10
+    fields: dict[str, Any] = field(default_factory=dict)
 
 
 def resolve_model_path(name: str) -> str:
@@ -135,6 +138,9 @@ def build_model(
         options.partial_blocks,
         options.mlp_layers,
         options.adapter_reduction,
+        options.lora_r,
+        options.num_virtual_tokens,
+        dict(options.fields),
     )
     return build_baseline(model, spec)
 
@@ -153,9 +159,7 @@ def check_method(task: str, method: str) -> None:
 
 def build_baseline(model: PreTrainedModel, spec: BaselineSpec) -> PreTrainedModel:
     """Change `model` in place into the baseline that `spec` describes and return it."""
-    options = MethodOptions(
-        partial_blocks=spec.partial_blocks, mlp_layers=spec.mlp_layers, adapter_reduction=spec.adapter_reduction
-    )
+    options = MethodOptions(**{item.name: getattr(spec, item.name) for item in fields(MethodOptions)})
     apply_method(model, spec.method, options)
     setattr(model, SPEC_ATTRIBUTE, spec)
     return model

@@ -11,6 +11,7 @@ from transformers import Trainer
 
 from ..heads import trained_modules
 from ..methods.structure import Classifier, find_head
+from ..tuners.vpt.parameters import find_parameters
 from .arguments import MethodArguments, VPTTrainingArguments
 
 
@@ -18,13 +19,16 @@ def split_trainable(model: Classifier) -> dict[str, dict[str, nn.Parameter]]:
     """Sort the trainable parameters into {"prompts", "head", "rest"}, each {name: parameter}.
 
     "prompts" is what the PEFT method added (prompts, gates, temperatures, projections, LoRA matrices), "head" the task
-    head, "rest" everything else (biases, unfrozen blocks, bottleneck adapters).
+    head, "rest" everything else (biases, unfrozen blocks, bottleneck adapters, LoRA matrices beside prompts).
     """
+    parameters = None
     if isinstance(model, PeftModel):
         heads: list[nn.Module] = list(trained_modules(model))
         prefix = str(model.base_model.prefix)
     else:
-        heads, prefix = list(find_head(model).values()), None
+        parameters = find_parameters(model)
+        heads, prefix = list(find_head(model, None if parameters is None else parameters.spec).values()), None
+    of_prompts = set() if parameters is None else {id(parameter) for parameter in parameters.parameters()}
     of_head = {id(parameter) for head in heads for parameter in head.parameters()}
     groups: dict[str, dict[str, nn.Parameter]] = {"prompts": {}, "head": {}, "rest": {}}
     for name, parameter in model.named_parameters():
@@ -32,6 +36,8 @@ def split_trainable(model: Classifier) -> dict[str, dict[str, nn.Parameter]]:
             continue
         if id(parameter) in of_head:
             groups["head"][name] = parameter
+        elif id(parameter) in of_prompts:
+            groups["prompts"][name] = parameter
         elif prefix is not None and any(part.startswith(prefix) for part in name.split(".")):
             groups["prompts"][name] = parameter
         else:

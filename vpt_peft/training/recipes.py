@@ -10,7 +10,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..methods.options import MethodOptions
-from ..methods.registry import METHODS, PROMPT_METHODS
+from ..methods.registry import COMBINED_METHODS, METHODS, PROMPT_METHODS
 
 
 RECIPES = ("default", "vpt_paper", "gpt_paper")
@@ -29,6 +29,8 @@ _DEFAULT_RATES = {
     "adapter": (1e-3, 2e-3),
     "sidetune": (1e-3, 2e-3),
     "lora": (1e-3, 2e-3),
+    "vpt+lora": (1e-3, 1e-3),
+    "vpt+adapter": (1e-3, 1e-3),
 }
 
 _RATES = ("learning_rate", "base_learning_rate", "prompt_learning_rate", "head_learning_rate")
@@ -121,9 +123,11 @@ def _default_recipe(given: Mapping[str, Any], method: str) -> dict[str, Any]:
     }
     if method == "linear" and not _OF_OPTIMIZER & set(given):
         values["solver"] = "lbfgs"
+    if method in COMBINED_METHODS:
+        values |= {"prompt_learning_rate": _DEFAULT_RATES["vpt"][0], "prompt_weight_decay": 0.0}
     if method in PROMPT_METHODS:
         values |= {"prompt_learning_rate": added, "prompt_weight_decay": 0.0}
-    if method in ("vpt", "vpt+bias"):
+    if method in ("vpt", "vpt+bias", *COMBINED_METHODS):
         values["num_train_epochs"] = 10
         # Prompts in all blocks that are random disturb what the backbone knows; tokens of real images hardly do
         if given.get("prompt_location", "prepend") == "prepend" and not given.get("projection_dim"):
@@ -148,7 +152,7 @@ def _paper_recipe(given: Mapping[str, Any], method: str, recipe: str) -> dict[st
         values |= {"base_learning_rate": 1.0, "weight_decay": 1e-3}
     else:
         values |= {"learning_rate": 0.5, "weight_decay": 0.0}
-    if method in PROMPT_METHODS:
+    if method in (*PROMPT_METHODS, *COMBINED_METHODS):
         values["prompt_dropout"] = 0.1
     if method == "gated_vpt":
         values["gate_init"] = 5.0

@@ -131,12 +131,11 @@ def start_prompts(
     """
     if method.init_method in (None, "random"):
         return
-    assert isinstance(model, PeftModel)
     model.to(training.device)  # type: ignore[arg-type]
     loader: DataLoader = DataLoader(
         _sample(rows, training.seed), batch_size=training.per_device_eval_batch_size, collate_fn=task.collate
     )
-    name = model.active_adapters[0]
+    name = model.active_adapters[0] if isinstance(model, PeftModel) else "default"
     initialize_prompts(model, loader, method=str(method.init_method), adapter_name=name, seed=training.seed)
 
 
