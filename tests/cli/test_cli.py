@@ -27,7 +27,7 @@ def flags(tiny_vit, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("method", ["vpt", "mlp"])
+@pytest.mark.parametrize("method", ["vpt", "mlp", "vpt+adapter"])
 def test_train_evaluate_predict(flags, tmp_path, capsys, method):
     out = str(tmp_path / "out")
     assert main(["train", *flags, "--method", method]) == 0

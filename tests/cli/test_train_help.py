@@ -38,7 +38,7 @@ def test_help_shows_what_is_used(method, recipe):
     assert {"learning_rate", "base_learning_rate"} & set(values)
     check(values, actual)
     # Nothing of other methods, and all numbers of this one
-    assert ("lora_r" in values) == (method == "lora") and ("gate" in values) == (method == "gated_vpt")
+    assert ("lora_r" in values) == (method in ("lora", "vpt+lora")) and ("gate" in values) == (method == "gated_vpt")
     assert values.get("num_virtual_tokens", 10) == 10
 
 

@@ -80,7 +80,7 @@ def test_what_a_run_leaves(run):
     assert json.loads((run / "adapter_config.json").read_text())["id2label"] == {"0": "dark", "1": "bright"}
 
 
-@pytest.mark.parametrize("method", ["vpt", "linear", "full", "lora"])
+@pytest.mark.parametrize("method", ["vpt", "linear", "full", "lora", "vpt+lora"])
 def test_evaluated_again_it_measures_the_same(place, run, method, tmp_path, capsys):
     folder = run
     if method != "vpt":

@@ -70,7 +70,7 @@ def test_learns_and_keeps_the_best_epoch(run):
     assert same(weights(out), weights(Path(state["best_model_checkpoint"])))
 
 
-@pytest.mark.parametrize("method", ["full", "vpt", "mlp"])
+@pytest.mark.parametrize("method", ["full", "vpt", "mlp", "vpt+lora"])
 def test_what_is_saved_gives_the_metrics_that_are_reported(finished, method):
     metrics, out = finished(method=method)
     model, processor = load_adapter_model(out)
@@ -96,6 +96,7 @@ def test_seed_decides(run, finished):
         ("gated_vpt", {}),
         ("lora", {}),
         ("partial", {}),
+        ("vpt+lora", {}),
         ("full", {"augmentation": "resize_crop_flip", "optim": "sgd", "optim_args": "momentum=0.9"}),
     ],
 )
