@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # By path: beside a folder named vpt_peft, Python would take an empty package for one found by an import hook
 EDITABLE := --config-settings editable_mode=compat
 
-.PHONY: demo test test-docs test-app fuzz docs bench lint clean
+.PHONY: demo test test-docs test-app fuzz matrix docs bench lint clean
 
 demo: $(BIN)/.demo
 	HF_HUB_OFFLINE=1 $(BIN)/vpt-peft demo --output_dir out/demo
@@ -53,6 +53,10 @@ CASES ?= 20000
 fuzz: $(BIN)/.installed
 	VPT_PEFT_FUZZ=$(CASES) $(BIN)/python -m pytest -q -n 4 tests/test_fuzz_*.py
 
+# Versions of transformers and PEFT, each in an environment of its own; pyenv's Pythons beside
+matrix: $(BIN)/.installed
+	PATH="$$PATH:$$(ls -d $$HOME/.pyenv/versions/3.1*/bin 2>/dev/null | paste -sd:)" $(BIN)/nox
+
 bench: $(BIN)/.installed
 	$(BIN)/python -m benchmarks.cost
 
@@ -60,4 +64,4 @@ lint: $(BIN)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) .venv-app out build dist *.egg-info
+	rm -rf $(VENV) .venv-app .nox out build dist *.egg-info

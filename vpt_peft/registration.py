@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from peft import mapping
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
+
+from .enumeration import add_member
 
 
 def add_peft_type(name: str) -> PeftType:
@@ -17,19 +17,7 @@ def add_peft_type(name: str) -> PeftType:
     Raises:
         RuntimeError: This Python's `enum` cannot be extended this way.
     """
-    if name in PeftType.__members__:
-        return PeftType[name]
-    member: Any = str.__new__(PeftType, name)
-    member._name_ = member._value_ = name
-    member.__objclass__ = PeftType
-    member._sort_order_ = len(PeftType.__members__)
-    PeftType._member_names_.append(name)
-    PeftType._member_map_[name] = member
-    PeftType._value2member_map_[name] = member
-    type.__setattr__(PeftType, name, member)
-    if PeftType(name) is not member or PeftType[name] is not member or name not in list(PeftType):
-        raise RuntimeError(f"PeftType could not be extended by {name} on this Python; please report it.")
-    return member
+    return add_member(PeftType, name)
 
 
 def register_method(name: str, config_cls: type, model_cls: type) -> None:
