@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # By path: beside a folder named vpt_peft, Python would take an empty package for one found by an import hook
 EDITABLE := --config-settings editable_mode=compat
 
-.PHONY: demo test test-docs test-app fuzz matrix docs bench lint clean
+.PHONY: demo test test-docs test-app fuzz matrix docs notebooks bench lint clean
 
 demo: $(BIN)/.demo
 	HF_HUB_OFFLINE=1 $(BIN)/vpt-peft demo --output_dir out/demo
@@ -47,6 +47,11 @@ test-app: $(APP)/.installed
 
 docs: $(BIN)/.installed
 	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet --site-dir out/site
+
+# In place, with their pictures; NAMES=6 runs the sixth alone
+NAMES ?= [0-9]
+notebooks: $(BIN)/.installed
+	$(BIN)/python scripts/run_notebooks.py $(foreach name,$(NAMES),notebooks/$(name)*.ipynb)
 
 # New cases each time, of configurations, adapter folders, images and sequences of PEFT's calls
 CASES ?= 20000

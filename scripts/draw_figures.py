@@ -21,7 +21,7 @@ COST = ROOT / "benchmarks/results/p100_200/cpu_vit_base_float32_eager_batch8.jso
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 PROMPT, CLASS, PATCH, FROZEN, INK = "#E69F00", "#56B4E9", "#BBD7EA", "#ECECEC", "#222222"
-OURS, TOKENS, LORA, FULL = "#0072B2", "#E69F00", "#009E73", "#999999"
+OURS, TOKENS, LORA, FULL = "#0072B2", "#E69F00", "#009E73", "#555555"
 
 
 def box(ax: Axes, x: float, y: float, width: float, height: float, text: str, color: str, size: float = 9) -> None:

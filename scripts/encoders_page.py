@@ -30,6 +30,15 @@ VARIANTS = {
     "pooled": lambda: VPTConfig(pooling="image"),
     "biases": lambda: VPTConfig(bias="all"),
 }
+# What tells architectures of one class apart
+FORMS = {
+    "beit": "bias of each block",
+    "beit_shared_bias": "shared bias",
+    "internvl_vision_qk_norm": "normed keys",
+    "yolos_mid_pos": "positions in each block",
+    "timesformer": "divided space and time",
+    "timesformer_joint": "joint space and time",
+}
 
 
 def tensors(outputs: object) -> list[torch.Tensor]:
@@ -61,12 +70,14 @@ def main() -> None:
         tried = {variant: attempt(name, variant) for variant in VARIANTS}
         deep += tried["deep"][0]
         class_name = architecture.model.rsplit(".", 1)[-1]
-        rows.append(f"| `{class_name}` | " + " | ".join("yes" if ok else "no" for ok, _ in tried.values()) + " |")
+        form = f" ({FORMS[name]})" if name in FORMS else ""
+        rows.append(f"| `{class_name}`{form} | " + " | ".join("yes" if ok else "no" for ok, _ in tried.values()) + " |")
         if not tried["deep"][0]:
             reasons.append(f"- `{class_name}`: {tried['deep'][1]}")
         print(name, {variant: ok for variant, (ok, _) in tried.items()}, flush=True)
     version = ".".join(transformers.__version__.split(".")[:2])
     page = [
+        "---\nhide: [navigation]\n---",
         "# Encoders",
         "Blocks, norms, key and value projections and class tokens are found by running the model once on a small "
         "random input, not by a table of names. So encoders that are not listed here have good chances too, your own "

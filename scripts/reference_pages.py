@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import subprocess
 import sys
@@ -24,6 +25,11 @@ def cell(text: object) -> str:
     return " ".join(str(text).split()).replace("|", "\\|")
 
 
+def code(text: object) -> str:
+    """Code of a table's cell; between backticks an escaped bar would show its backslash."""
+    return f"<code>{html.escape(' '.join(str(text).split()), quote=False).replace('|', '&#124;')}</code>"
+
+
 def table_of(config_class: type, without: type) -> str:
     """All fields that a configuration has and another one has not, or has with another default."""
     other = {each.name: each for each in fields(without)}
@@ -34,7 +40,7 @@ def table_of(config_class: type, without: type) -> str:
             continue
         default = each.default_factory() if each.default_factory is not MISSING else each.default
         text = each.metadata.get("help", "")
-        rows.append(f"| `{each.name}` | `{cell(each.type)}` | `{cell(repr(default))}` | {cell(text)} |")
+        rows.append(f"| `{each.name}` | {code(each.type)} | {code(repr(default))} | {cell(text)} |")
     return "\n".join(rows)
 
 
@@ -75,7 +81,7 @@ def commands() -> str:
 for name, text in (
     ("reference/configurations.md", configurations()),
     ("reference/commands.md", commands()),
-    ("changelog.md", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")),
+    ("changelog.md", "---\nhide: [navigation]\n---\n\n" + (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")),
 ):
     with mkdocs_gen_files.open(name, "w") as page:
         page.write(text)

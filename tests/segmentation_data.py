@@ -1,4 +1,4 @@
-"""Small pictures with masks, for the tests of semantic segmentation."""
+"""Small pictures with masks or boxes, for the tests of dense tasks."""
 
 import json
 
@@ -31,4 +31,32 @@ def write_folders(folder, counts, **size):
             image.save(folder / split / "images" / f"{number}.png")
             mask.save(folder / split / "masks" / f"{number}.png")
     (folder / "id2label.json").write_text(json.dumps(NAMES))
+    return folder
+
+
+def write_coco(folder, counts, **size):
+    """Write <split>/_annotations.coco.json with boxes and polygons of so many pictures beside it; return the folder."""
+    draws = np.random.default_rng(0)
+    for split, count in counts.items():
+        (folder / split).mkdir(parents=True)
+        images, annotations = [], []
+        for number in range(count):
+            image, mask = picture(draws, **size)
+            image.save(folder / split / f"{number}.png")
+            images.append({"id": number, "file_name": f"{number}.png"})
+            for kind in (1, 2):
+                rows, columns = np.where(np.asarray(mask) == kind)
+                left, top, right, bottom = map(int, (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
+                annotations.append(
+                    {
+                        "id": len(annotations),
+                        "image_id": number,
+                        "category_id": kind,
+                        "bbox": [left, top, right - left, bottom - top],
+                        "segmentation": [[left, top, right, top, right, bottom, left, bottom]],
+                    }
+                )
+        categories = [{"id": number, "name": NAMES[number]} for number in (1, 2)]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (folder / split / "_annotations.coco.json").write_text(json.dumps(content))
     return folder

@@ -111,9 +111,10 @@ def environment(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture
 def workplace(tmp_path) -> Path:
-    """A folder with what the pages speak of: `flowers/` with two classes, and `photos/`."""
+    """A folder with what the pages speak of: `flowers/` with two classes, `streets/`, `cells/` and `photos/`."""
     import numpy as np
     from PIL import Image
+    from segmentation_data import write_coco, write_folders
 
     rng = np.random.default_rng(0)
 
@@ -129,6 +130,8 @@ def workplace(tmp_path) -> Path:
                 draw(tmp_path / "flowers" / split / name / f"{index:03}.png", hue)
     for index in range(3):
         draw(tmp_path / "photos" / f"{index}.png", index % 2)
+    write_folders(tmp_path / "streets", {"train": 4, "validation": 2}, height=48, width=64)
+    write_coco(tmp_path / "cells", {"train": 4, "valid": 2}, height=48, width=64)
     return tmp_path
 
 

@@ -7,9 +7,11 @@ from PIL import Image
 
 from vpt_peft.cli.main import main
 from vpt_peft.plots import draw_curves, draw_tradeoff, find_runs, group_runs
+from vpt_peft.plots.figures import COLORS
+from vpt_peft.plots.panels import new_panels
 
 
-def write_run(folder, accuracies, values=100, test=0.5, **record):
+def write_run(folder, accuracies, values=100, test=0.5, seconds=None, **record):
     folder.mkdir(parents=True)
     log = [
         entry
@@ -19,6 +21,7 @@ def write_run(folder, accuracies, values=100, test=0.5, **record):
     # As the Trainer does at the end, with the best weights
     log.append({"epoch": len(accuracies), "eval_accuracy": max(accuracies)})
     results = {"trainable_parameters": values, "eval_accuracy": max(accuracies), "test_accuracy": test}
+    results |= {} if seconds is None else {"train_runtime": seconds}
     for name, content in (
         ("training_config.json", record),
         ("all_results.json", results),
@@ -73,6 +76,28 @@ def test_tradeoff_shows_mean_and_deviation(folder):
     ((_, low), (_, high)) = vpt[2][0].get_segments()[0]
     assert (low, high) == pytest.approx((60 - 14.142135, 60 + 14.142135))
     assert (linear[0].get_xdata()[0], linear[0].get_ydata()[0]) == pytest.approx((10, 40))
+
+
+def test_data_sets_and_colours_are_told_apart(tmp_path):
+    for data in ("birds", "cars"):
+        for count in range(1, 6):
+            write_run(tmp_path / data / str(count), [0.5], method="vpt", dataset_name=data, num_virtual_tokens=count)
+    groups = group_runs(find_runs([tmp_path]))
+    assert list(groups)[0] == "vpt on birds (num_virtual_tokens=1)"
+    _, axes = new_panels(1, list(groups))
+    draw_tradeoff(groups, axes)
+    looks = {(each[0].get_color(), each[0].get_marker()) for each in axes[0].containers}
+    assert len(looks) == len(groups) == 10 and {color for color, _ in looks} <= set(COLORS)
+
+
+def test_tradeoff_against_seconds(tmp_path):
+    for name, seconds in (("a", 10.0), ("b", 30.0)):
+        write_run(tmp_path / name, [0.5], method="vpt", seconds=seconds)
+    write_run(tmp_path / "c", [0.4], method="linear")
+    axes = panels(2)
+    draw_tradeoff(group_runs(find_runs([tmp_path])), axes)
+    assert [len(ax.containers) for ax in axes] == [2, 1]
+    assert axes[1].containers[0][0].get_xdata()[0] == pytest.approx(20.0)
 
 
 @pytest.mark.parametrize("kind", ["curves", "tradeoff"])

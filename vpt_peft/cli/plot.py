@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # kind: what it shows
-OF_RUNS = {"curves": "loss and metric over epochs", "tradeoff": "the metric against trainable parameters"}
+OF_RUNS = {"curves": "loss and metric over epochs", "tradeoff": "the metric against trainable parameters and seconds"}
 OF_ADAPTERS = {
     "gates": "gate openings, their shares and attention temperatures, by block",
     "attention": "what the class token, or a patch, attends to in four blocks, over the image",

@@ -1,4 +1,4 @@
-"""What the rows of a comparison reach, against what they train and how long it takes."""
+"""What the rows of a comparison reach, against what they train, how long it takes and how much memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def draw_comparison(results: pandas.DataFrame, column: str, show: Shown, rows: Sequence[str], path: Path) -> Path:
-    """Draw the mean score over data sets against trainable parameters and against seconds of training.
+    """Draw the mean score over data sets against trainable parameters, seconds of training and memory.
 
     Bars are the deviation of the mean over draws and seeds. Rows with failed runs are left out.
 
@@ -34,11 +34,13 @@ def draw_comparison(results: pandas.DataFrame, column: str, show: Shown, rows: S
     """
     table = summarize(results, column).dropna(subset=["mean"])
     table = table.loc[[row for row in rows if row in table.index]]
-    figure, axes = new_panels(2, list(table.index))
-    axes[1].sharey(axes[0])
+    figure, axes = new_panels(3, list(table.index))
+    for ax in axes[1:]:
+        ax.sharey(axes[0])
     for ax, values, title in (
         (axes[0], table["parameters"], "trainable parameters"),
         (axes[1], table["seconds"], "seconds of training"),
+        (axes[2], table["memory"], "most memory in use, bytes"),
     ):
         for (row, found), marker in zip(table.iterrows(), cycle(MARKERS), strict=False):
             spread = None if math.isnan(found["std"]) else show.scale * found["std"]

@@ -1,4 +1,4 @@
-"""Learning curves, and a metric against the number of trainable parameters."""
+"""Learning curves, and a metric against trainable parameters and seconds."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from .runs import Run, find_runs, group_runs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+_COSTS = {"trainable_parameters": "trainable parameters", "train_runtime": "seconds of training"}
 
 
 def _common_metric(groups: dict[str, list[Run]]) -> str:
@@ -55,27 +58,31 @@ def draw_curves(groups: dict[str, list[Run]], axes: Sequence[Axes]) -> None:
 
 
 def draw_tradeoff(groups: dict[str, list[Run]], axes: Sequence[Axes]) -> None:
-    """Draw the metric against trainable parameters, one point per group, with the sample deviation over seeds.
+    """Draw the metric against trainable parameters and, on a second axis, against seconds of training.
+
+    One point per group, with the sample deviation over seeds. Where a group has no seconds, it is left out there.
 
     Raises:
         ValueError: the runs have different metrics.
     """
-    (ax,) = axes
     everything = [run.metrics for runs in groups.values() for run in runs]
     metric = _common_metric(groups)
     name = f"test_{metric}" if all(f"test_{metric}" in metrics for metrics in everything) else f"eval_{metric}"
     panel = shown(name, [metrics[name] for metrics in everything])
-    for (label, runs), marker in zip(groups.items(), cycle(MARKERS), strict=False):
-        values = [panel.scale * run.metrics[name] for run in runs]
-        spread = statistics.stdev(values) if len(runs) > 1 else None
-        parameters, mean = runs[0].metrics["trainable_parameters"], statistics.fmean(values)
-        ax.errorbar([parameters], [mean], yerr=spread, marker=marker, capsize=3, ls="", label=label)
-    logarithmic(ax)
-    ax.set_xlabel("trainable parameters")
-    ax.set_ylabel(panel.title)
+    for ax, (cost, title) in zip(axes, _COSTS.items(), strict=False):
+        for (label, runs), marker in zip(groups.items(), cycle(MARKERS), strict=False):
+            if not all(cost in run.metrics for run in runs):
+                continue
+            values = [panel.scale * run.metrics[name] for run in runs]
+            spread = statistics.stdev(values) if len(runs) > 1 else None
+            place, mean = statistics.fmean(run.metrics[cost] for run in runs), statistics.fmean(values)
+            ax.errorbar([place], [mean], yerr=spread, marker=marker, capsize=3, ls="", label=label)
+        logarithmic(ax)
+        ax.set_xlabel(title)
+    axes[0].set_ylabel(panel.title)
 
 
-_KINDS: dict[str, tuple[int, Callable]] = {"curves": (2, draw_curves), "tradeoff": (1, draw_tradeoff)}
+_KINDS: dict[str, tuple[int, Callable]] = {"curves": (2, draw_curves), "tradeoff": (2, draw_tradeoff)}
 KINDS = tuple(_KINDS)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .figures import new_figure, save_figure
+from .figures import COLORS, new_figure, save_figure
 
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MARKERS = "osD^vP*X"
 _PANEL_WIDTH = 4.5
 # Of the legend's text, in inches
-_CHARACTER, _LINE = 0.085, 0.2
+_CHARACTER, _LINE = 0.07, 0.2
 _LONGEST = 60
 
 
@@ -30,7 +30,11 @@ def new_panels(panels: int, labels: Sequence[str]) -> tuple[Figure, list[Axes]]:
     """
     lines = math.ceil(sum(math.ceil(len(label) / _LONGEST) for label in labels) / _columns(panels, labels))
     figure = new_figure(_PANEL_WIDTH * panels + 0.5, 3.6 + _LINE * lines)
-    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    for ax in axes:
+        # One colour less than there are markers, so that a pair of both comes back late
+        ax.set_prop_cycle(color=COLORS[:-1])
+    return figure, axes
 
 
 def _columns(panels: int, labels: Sequence[str]) -> int:

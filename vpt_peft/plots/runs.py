@@ -14,6 +14,7 @@ from ..reporting.results import RESULTS
 
 
 # Where and how a run was done, not what was tried
+_DATA = "dataset_name"
 _NOT_SHOWN = ("seed", "run_name", "disable_tqdm", "report_to", "feature_cache_dir", "logging_dir")
 
 
@@ -116,6 +117,7 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
         alike = [other.record for other in runs if other.method == run.method]
         names = sorted({name for record in alike for name in record} - {*_NOT_SHOWN, "method"})
         varied = [name for name in names if any(record.get(name) != alike[0].get(name) for record in alike)]
-        settings = describe({name: run.record.get(name, "default") for name in varied}) if varied else ""
-        groups.setdefault(f"{run.method} ({settings})" if settings else run.method, []).append(run)
+        values = {name: run.record.get(name, "default") for name in varied}
+        title = f"{run.method} on {values.pop(_DATA)}" if _DATA in values else run.method
+        groups.setdefault(f"{title} ({describe(values)})" if values else title, []).append(run)
     return groups
