@@ -216,7 +216,7 @@ def test_depth(place):
         Image.fromarray(1000 + 4 * near[..., 0].astype("uint16")).save(place / "rooms" / "depths" / f"{index}.png")
     backbone = Dinov2Config(**TOWER, out_indices=[1, 2], reshape_hidden_states=False)
     config = DepthAnythingConfig(
-        backbone, patch_size=8, reassemble_hidden_size=32, reassemble_factors=[2, 1], neck_hidden_sizes=[8, 8],
+        backbone_config=backbone, patch_size=8, reassemble_hidden_size=32, reassemble_factors=[2, 1], neck_hidden_sizes=[8, 8],
         fusion_hidden_size=8, head_hidden_size=8,
     )  # fmt: skip
     DepthAnythingForDepthEstimation(config).save_pretrained(place / "depth")
@@ -236,7 +236,7 @@ def vitpose(place):
         mlp_ratio=2,
     )  # fmt: skip
     torch.manual_seed(0)
-    VitPoseForPoseEstimation(VitPoseConfig(backbone, num_labels=3)).save_pretrained(place / "pose")
+    VitPoseForPoseEstimation(VitPoseConfig(backbone_config=backbone, num_labels=3)).save_pretrained(place / "pose")
     processor = VitPoseImageProcessor(size={"height": 64, "width": 48})
     processor.save_pretrained(place / "pose")
     return processor
