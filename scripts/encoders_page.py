@@ -71,7 +71,9 @@ def main() -> None:
         deep += tried["deep"][0]
         class_name = architecture.model.rsplit(".", 1)[-1]
         form = f" ({FORMS[name]})" if name in FORMS else ""
-        rows.append(f"| `{class_name}`{form} | " + " | ".join("yes" if ok else "no" for ok, _ in tried.values()) + " |")
+        rows.append(
+            f"| `{class_name}`{form} | " + " | ".join("yes" if ok else "no" for ok, _ in tried.values()) + " |"
+        )
         if not tried["deep"][0]:
             reasons.append(f"- `{class_name}`: {tried['deep'][1]}")
         print(name, {variant: ok for variant, (ok, _) in tried.items()}, flush=True)
