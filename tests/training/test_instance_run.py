@@ -37,11 +37,10 @@ def place(tmp_path_factory):
 
 
 def train(place, out, *more):
+    """Train on data whose column says that it is for instances."""
     return main(
         [
             "train",
-            "--task",
-            "instance-segmentation",
             "--model_name_or_path",
             str(place / "vit"),
             "--dataset_name",

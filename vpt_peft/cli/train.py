@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> int:
     parser = ArgumentParser(prog=PROG, add_help=False, allow_abbrev=False)
     parser.add_argument("--write_config")
     own, rest = parser.parse_known_args(list(argv))
-    arguments = parse_args(rest)
+    arguments = parse_args(rest, find_task=True)
     training = arguments.training
     if own.write_config is not None:
         print(write_arguments(arguments, Path(own.write_config)))

@@ -34,7 +34,7 @@ def find_objects_column(features: datasets.Features, wanted: str | None) -> str:
     Raises:
         DataError: there is no such column, or there are several.
     """
-    names = [name for name, feature in features.items() if _field(feature, _BOX_NAMES) is not None]
+    names = [name for name, feature in features.items() if has_boxes(feature)]
     if wanted is None and len(names) == 1:
         return names[0]
     if wanted in names:
@@ -47,6 +47,11 @@ def find_objects_column(features: datasets.Features, wanted: str | None) -> str:
         f"{fault}; there is {columns}. Detection reads a column such as objects, with lists bbox ([x, y, width, height] "
         "in pixels) and category, or a folder with COCO JSON. Name it with label_column_name."
     )
+
+
+def has_boxes(feature: Any) -> bool:
+    """Whether a column's feature is of objects with boxes."""
+    return _field(feature, _BOX_NAMES) is not None
 
 
 def object_classes(feature: Any) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.suites import SUITES, Suite, suite_folders
+from ..training.arguments import with_task
 from .comparison import Comparison
 from .grid import Grid, Range, folder_name, safe_name
 from .search import search_space
@@ -48,7 +49,9 @@ def comparison_of(grid: Grid, searched: bool) -> Comparison:
         elif num_trials is not None:
             space = search_space(fixed.get("method", "vpt"))
             spaces[row] = {name: axis for name, axis in space.items() if name not in fixed}
-    common = {name: value for name, value in grid.common.items() if name not in ("dataset_name", "split_seed", "seed")}
+    # A comparison is of one task, and its first data set tells which
+    flags = with_task({**grid.common, **next(iter(data.values()))}) if suite is None else dict(grid.common)
+    common = {name: value for name, value in flags.items() if name not in ("dataset_name", "split_seed", "seed")}
     found = Comparison(
         common=common,
         rows=rows,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -23,9 +24,12 @@ from ..files import write_whole
 from ..methods.options import out_of_list
 from ..tasks import get_task
 from ..tasks.base import DEFAULT_TASK
+from ..tasks.guess import guess_task
 from .flags import MethodArguments, ModelArguments, TrainingFlags
 from .recipes import group_rates, resolve, scaled_learning_rate
 
+
+logger = logging.getLogger(__name__)
 
 # Neither secrets nor where this run writes belong in the record of a run
 _NOT_RECORDED = ("token", "hub_token", "output_dir", "resume_from_checkpoint", "overwrite_output_dir")
@@ -147,17 +151,24 @@ class FlagParser(HfArgumentParser):
         return self
 
 
-def parse_args(argv: Sequence[str] | Mapping[str, Any]) -> Arguments:
+def parse_args(argv: Sequence[str] | Mapping[str, Any], find_task: bool = False) -> Arguments:
     """Parse flags, or a .json/.yaml file followed by flags that override it, or a mapping of the same names.
 
     The recipe and the task fill in what is not given.
 
+    Args:
+        argv: the flags.
+        find_task: where no task is given, look at the data for it.
+
     Raises:
+        DataError: the data can be for several tasks.
         ValueError: an unknown flag, a value of the wrong type or outside its range, an unreadable file.
     """
     tokens = as_tokens(argv)
     parser = train_parser("vpt-peft train")
     given = vars(parser.without_defaults().parse_args(tokens))
+    if find_task:
+        given = with_task(given)
     given = resolve(
         given | {name: out_of_list(given[name]) for name in ("num_virtual_tokens", "bias") if name in given}
     )
@@ -171,6 +182,21 @@ def parse_args(argv: Sequence[str] | Mapping[str, Any]) -> Arguments:
         for name, rate in group_rates(given, training.learning_rate).items():
             setattr(method, name, rate)
     return Arguments(model, data, method, training, given)
+
+
+def with_task(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return flags with the task that the data is for, where it is not given and not the default.
+
+    Raises:
+        DataError: the data can be for several tasks.
+    """
+    if "task" in given or "dataset_name" not in given:
+        return dict(given)
+    found = guess_task(from_record(DataArguments, given), given.get("token"), given.get("cache_dir"))
+    if found == DEFAULT_TASK:
+        return dict(given)
+    logger.info("The task is %s, by the data.", found)
+    return {**given, "task": found}
 
 
 def _task_defaults(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,10 @@ class ModelArguments:
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the Hub model."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where Hub downloads are kept."})
     token: str | None = field(default=None, metadata={"help": "Hub token for private models and data."})
-    task: str = field(default=DEFAULT_TASK, metadata={"help": "What the model learns.", "choices": list(task_names())})
+    task: str = field(
+        default=DEFAULT_TASK,
+        metadata={"help": "What the model learns; default: what the data is for.", "choices": list(task_names())},
+    )
     decoder: str | None = field(
         default=None,
         metadata={"help": "semantic-segmentation: an encoder's head: linear, linear_4, setr_pup, upernet, dpt."},
