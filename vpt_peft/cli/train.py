@@ -31,6 +31,7 @@ def run(argv: Sequence[str]) -> int:
 
     from ..tasks import get_task
     from ..training.arguments import parse_args, train_parser, write_arguments
+    from ..training.output import lost_process_explained
     from ..training.train import train
 
     if "--help-all" in argv:
@@ -49,7 +50,8 @@ def run(argv: Sequence[str]) -> int:
     if training.disable_tqdm:
         datasets.disable_progress_bars()
         transformers_logging.disable_progress_bar()
-    metrics = train(arguments)
+    with lost_process_explained(training.output_dir or "."):
+        metrics = train(arguments)
     if training.process_index != 0:
         return 0
     task = get_task(arguments.model.task)

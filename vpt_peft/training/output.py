@@ -22,6 +22,8 @@ from .resume import checkpoints_of, damage, find_resume_point, last_checkpoint
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # Of safetensors, then of torch.save
 _WRITE_SIGNS = ("Error while serializing", "PytorchStreamWriter", "file write failed", "unexpected pos")
+# By name, as torch may be built without them
+_PROCESS_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError")
 _LOCK = ".lock"
 # As `files.write_whole` names them
 _SCRATCH = re.compile(r"\..+\.\d+")
@@ -150,10 +152,28 @@ def full_disk_explained(folder: str | Path) -> Iterator[None]:
         is_file_error = isinstance(error, OSError) and error.errno in _CANNOT_WRITE
         if not is_file_error and not any(sign in str(error) for sign in _WRITE_SIGNS):
             raise
-        checkpoint = last_checkpoint(folder)
-        onward = (
-            f"{checkpoint} is complete: continue with --resume_from_checkpoint last."
-            if checkpoint
-            else "No checkpoint is complete; start again with --overwrite_output_dir."
-        )
-        raise OSError(f"{folder} cannot be written to ({error}). Make room there. {onward}") from error
+        raise OSError(f"{folder} cannot be written to ({error}). Make room there. {_onward(folder)}") from error
+
+
+@contextmanager
+def lost_process_explained(folder: str | Path) -> Iterator[None]:
+    """Turn what torch raises when another process of the run has ended into one error that says how to go on.
+
+    Raises:
+        ConnectionError: another process has ended; complete checkpoints are whole.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__name__ not in _PROCESS_ERRORS and "/gloo/" not in str(error):
+            raise
+        raise ConnectionError(
+            f"another process of this run has ended, so this one ends too; see what that one said. {_onward(folder)}"
+        ) from error
+
+
+def _onward(folder: str | Path) -> str:
+    checkpoint = last_checkpoint(folder)
+    if checkpoint:
+        return f"{checkpoint} is complete: continue with --resume_from_checkpoint last."
+    return "No checkpoint is complete; start again with --overwrite_output_dir."

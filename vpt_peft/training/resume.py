@@ -79,7 +79,7 @@ def damage(checkpoint: Path) -> str | None:
         return "trainer_state.json is missing or damaged"
     parts = [
         [checkpoint / "scheduler.pt"],
-        sorted(checkpoint.glob("rng_state*.pth")) or [checkpoint / "rng_state.pth"],
+        _random_states(checkpoint),
     ]
     # Sharded weights and optimizer states have folders of their own
     if not any(checkpoint.glob("*_0/")):
@@ -93,6 +93,15 @@ def damage(checkpoint: Path) -> str | None:
         if not is_whole:
             return f"{path.name} is {'damaged' if path.exists() else 'missing'}"
     return None
+
+
+def _random_states(checkpoint: Path) -> list[Path]:
+    """The files of all processes that wrote a checkpoint; one that is missing among them is named too."""
+    numbers = [int(path.stem.rpartition("_")[2]) for path in checkpoint.glob("rng_state_*.pth")]
+    if not numbers:
+        return [checkpoint / "rng_state.pth"]
+    # A process alone would have written one without a number
+    return [checkpoint / f"rng_state_{number}.pth" for number in range(max(2, max(numbers) + 1))]
 
 
 def _optimizer(checkpoint: Path) -> Path:
@@ -166,11 +175,23 @@ def _check_same_run(checkpoint: Path, record: Mapping[str, Any], training: VPTTr
     differing = {
         name for name in {*before, *record} - _MAY_DIFFER if _plain(before.get(name)) != _plain(record.get(name))
     }
-    if differing & set(_PER_STEP) and _images_per_step(before, checkpoint) == (
-        training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
-    ):
+    processes, images = len(_random_states(checkpoint)), _images_per_step(before, checkpoint)
+    if images == training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size:
         # The same run on another number of processes
         differing -= set(_PER_STEP)
+        if processes != training.world_size and not differing:
+            logger.warning(
+                "%s is of a run on %d processes; on %d, dropout draws other numbers.",
+                checkpoint,
+                processes,
+                training.world_size,
+            )
+    elif processes != training.world_size and not differing:
+        raise ValueError(
+            f"{checkpoint} is of a run on {processes} processes with {images} images per step, and this one has "
+            f"{training.world_size}; give per_device_train_batch_size and gradient_accumulation_steps so that their "
+            f"product is {images / training.world_size:g}, or start as many processes as before."
+        )
     if differing:
         shown = "; ".join(f"{n} was {before.get(n)!r} and is {record.get(n)!r}" for n in sorted(differing))
         raise ValueError(
@@ -185,6 +206,5 @@ def _plain(value: Any) -> Any:
 
 
 def _images_per_step(before: Mapping[str, Any], checkpoint: Path) -> int:
-    processes = len(list(checkpoint.glob("rng_state*.pth")))
     batch, accumulated = (int(before.get(name) or default) for name, default in zip(_PER_STEP, (8, 1), strict=True))
-    return batch * accumulated * processes
+    return batch * accumulated * len(_random_states(checkpoint))
