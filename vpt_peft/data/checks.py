@@ -40,7 +40,7 @@ def warn_of_labels(train: Sequence[int], validation: Sequence[int], names: Seque
             "%d classes have no validation image (%s), so its metrics say nothing about them%s.",
             len(unseen),
             _listed(unseen),
-            "; accuracy on a single class is no measure" if len(set(validation)) < 2 else "",
+            "; a single class is no measure" if len(set(validation)) < 2 else "",
         )
     (largest, most), (smallest, least) = counts.most_common()[0], counts.most_common()[-1]
     if most >= _UNEVEN * least:

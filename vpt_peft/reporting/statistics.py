@@ -37,7 +37,7 @@ def summarize(results: pandas.DataFrame, column: str, groups: Mapping[str, str] 
 
     Args:
         results: of `read_results`.
-        column: the tested score, such as "test_accuracy".
+        column: the tested score, such as "test_macro_f1".
         groups: the group of each data set, for the second mean of VTAB.
 
     Returns:

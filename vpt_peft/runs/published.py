@@ -39,6 +39,6 @@ def published_table(suite: Suite) -> str:
                 | {name: f"{mean:.2f}" for name, mean in zip(names, groups, strict=True)}
             )
     return (
-        "As published by Jia et al. 2022 (accuracy in %, ViT-B/16 of ImageNet-21k, their own training and search):\n\n"
+        "As published by Jia et al. 2022 (top-1 in %, ViT-B/16 of ImageNet-21k, their own training and search):\n\n"
         + markdown_table(lines, left=["method"])
     )

@@ -16,6 +16,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from vpt_peft.encoder import EncoderSpec
 from vpt_peft.files import open_regular
 from vpt_peft.heads.find import base_model
 
@@ -130,8 +131,8 @@ class AdapterFile:
             and (name is not None or _expects_floats(key.removeprefix(self.prefix), states))
         ]
         wrong += _too_few(config, heads, sum(math.prod(self.shapes[k]) for k, name in names.items() if name is None))
-        self._refuse(wrong, parameters)
-        self._refuse([why for key, value in self.tensors() if (why := wrong_values(key, value))], parameters)
+        self._refuse(wrong, parameters.spec)
+        self._refuse([why for key, value in self.tensors() if (why := wrong_values(key, value))], parameters.spec)
 
     def check_heads(self, parameters: VPTParameters, heads: list[str], built: Mapping[str, nn.Module]) -> None:
         """Compare the heads' sizes.
@@ -148,16 +149,10 @@ class AdapterFile:
             return
         states = head_states(parameters.root, heads, built)
         found = {key: self.shapes[f"{self.prefix}{key}"] for key in states if f"{self.prefix}{key}" in self.shapes}
-        self._refuse(differences({key: tuple(value.shape) for key, value in states.items()}, found), parameters)
+        self._refuse(differences({key: tuple(value.shape) for key, value in states.items()}, found), parameters.spec)
 
-    def _refuse(self, wrong: list[str], parameters: VPTParameters) -> None:
-        if wrong:
-            spec = parameters.spec
-            raise ValueError(
-                f"the adapter file {str(self.path)!r} does not fit this model, whose encoder has {len(spec.blocks)} blocks "
-                f"of width {spec.blocks[0].width}: {shorten(wrong)}. Load it onto the backbone it was trained on, with the "
-                "configuration it was saved with (num_virtual_tokens, layers_to_transform, gate, id2label, ...)."
-            )
+    def _refuse(self, wrong: list[str], spec: EncoderSpec) -> None:
+        refuse_misfit(f"the adapter file {str(self.path)!r}", wrong, spec)
 
 
 def prompt_key(prefix: str, key: str) -> str | None:
@@ -192,9 +187,7 @@ def differences(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple
 
 def wrong_values(key: str, value: torch.Tensor) -> str | None:
     """Why the values of a tensor cannot be used, in words."""
-    if not value.is_floating_point():
-        return None
-    if value.is_meta:
+    if not value.is_floating_point() or value.is_meta:
         return None
     if not value.isfinite().all():
         return f"{key} holds NaN or infinite values"
@@ -204,10 +197,19 @@ def wrong_values(key: str, value: torch.Tensor) -> str | None:
     return None
 
 
-def shorten(reasons: list[str], most: int = 8) -> str:
-    """Some reasons in one line."""
-    more = f"; and {len(reasons) - most} more" if len(reasons) > most else ""
-    return "; ".join(reasons[:most]) + more
+def refuse_misfit(what: str, wrong: list[str], spec: EncoderSpec, most: int = 8) -> None:
+    """Raise an error that lists what is wrong with a file, if anything is.
+
+    Raises:
+        ValueError: Something is.
+    """
+    if wrong:
+        more = f"; and {len(wrong) - most} more" if len(wrong) > most else ""
+        raise ValueError(
+            f"{what} does not fit this model, whose encoder has {len(spec.blocks)} blocks of width "
+            f"{spec.blocks[0].width}: {'; '.join(wrong[:most])}{more}. Load it onto the backbone it was trained on, with "
+            "the configuration it was saved with (num_virtual_tokens, layers_to_transform, gate, id2label, ...)."
+        )
 
 
 def _is_under(key: str, paths: Collection[str]) -> bool:

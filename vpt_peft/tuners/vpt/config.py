@@ -148,18 +148,17 @@ class VPTConfig(PeftConfig):
         layers = self.layers_to_transform
         if layers is None:
             return
-        if not isinstance(layers, int) and hasattr(layers, "__len__"):
-            check_length("layers_to_transform", layers, MAX_BLOCKS)
         if not isinstance(layers, (int, list, tuple, set, range)):
             raise FieldTypeError(
                 f"layers_to_transform={layers!r} must be a list of block indices, an integer or None."
             )
-        for layer in [layers] if isinstance(layers, int) else layers:
+        chosen = [layers] if isinstance(layers, int) else layers
+        check_length("layers_to_transform", chosen, MAX_BLOCKS)
+        for layer in chosen:
             check_int("layers_to_transform", layer, least=0, most=MAX_BLOCKS)
-        if not isinstance(layers, int):
-            if not layers:
-                raise ValueError("layers_to_transform=[] names no block; give at least one index, or None.")
-            self.layers_to_transform = sorted(set(layers))
+        if not chosen:
+            raise ValueError("layers_to_transform=[] names no block; give at least one index, or None.")
+        self.layers_to_transform = layers if isinstance(layers, int) else sorted(set(layers))
 
     def _check_combinations(self) -> None:
         where = self.prompt_location

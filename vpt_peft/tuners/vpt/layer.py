@@ -72,11 +72,15 @@ class VPTLayer(nn.Module, PromptTunerLayer):
         self.merged_values = BufferDict({}, persistent=False)
         # The parameters that merged keys and values were made of, as they were
         self._merged_from: dict[str, list[tuple[torch.Tensor, int]]] = {}
-        self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self._handles: list[Any] = []
         self._is_hooked = False
+
+    @property
+    def merged_adapters(self) -> list[str]:  # type: ignore[override]
+        """Adapters whose keys and values are constants here."""
+        return list(self._merged_from)
 
     def _get_available_adapters(self) -> set[str]:
         return {name for name, layout in self.layouts.items() if layout is not None}
@@ -92,7 +96,6 @@ class VPTLayer(nn.Module, PromptTunerLayer):
     def add(self, name: str, layout: BlockLayout | None, config: VPTConfig) -> None:
         """Take part in an adapter."""
         self.layouts[name] = layout
-        self.merged_adapters = [other for other in self.merged_adapters if other != name]
         at_input = self.index == 0 and config.project_patches
         skips = self.index + 1 == len(self.owner.spec.blocks) and config.skip_unread
         in_block = layout is not None and (layout.needs_hooks or config.prompt_dropout > 0.0)
@@ -103,12 +106,6 @@ class VPTLayer(nn.Module, PromptTunerLayer):
                 # First in line, so that hooks which capture hidden states see them without prompts.
                 self.block.register_forward_hook(leave_block, prepend=True, always_call=True),
             ]
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter, merged or not."""
-        super().delete_adapter(adapter_name)
-        if adapter_name in self.merged_adapters:
-            self.merged_adapters.remove(adapter_name)
 
     def detach(self) -> None:
         """Take the hooks off and leave the block as it was."""
@@ -236,7 +233,9 @@ class VPTLayer(nn.Module, PromptTunerLayer):
         for adapter, layout in here.prompts:
             if layout.mode == "window":
                 self.pass_on(running, here, adapter, layout, windows.finish(self.block, self.spec, here, adapter))
-        return tokens.replace_tokens(output, hidden) if among else None
+        if not among:
+            return None
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def pass_on(
         self, running: ForwardPass, here: BlockPass, adapter: Adapter, layout: BlockLayout, prompts: torch.Tensor
@@ -298,7 +297,7 @@ class VPTLayer(nn.Module, PromptTunerLayer):
 
     def key_values(self, here: BlockPass, adapter: Adapter, layout: BlockLayout, like: torch.Tensor) -> Pair:
         """Keys and values of one adapter's prompts, `(batch or 1, heads, prompts, head_dim)`; constants once merged."""
-        if self.merged_adapters and self.is_merged(adapter):
+        if self.is_merged(adapter):
             name = adapter.name
             return self.merged_keys[name].to(like), self.merged_values[name].to(like)
         return self._project(self.prompts_of(here, adapter, layout), like)
@@ -321,12 +320,12 @@ class VPTLayer(nn.Module, PromptTunerLayer):
     def receive_outputs(self, outputs: torch.Tensor) -> None:
         """Attention outputs of prompts beside windows, `(batch · windows, prompts, heads, head_dim)`."""
         here = self._running().block_pass(self.index)
-        here.window_outputs = windows.mean_over_windows(outputs, here.batch)
+        here.window_outputs = outputs.unflatten(0, (here.batch, -1)).mean(1).flatten(-2)
 
     def merge_prompts(self, adapter: Adapter) -> None:
         """Turn this block's own prompts into constant keys and values, so that inference needs no norm or projection."""
         name, layout = adapter.name, self.layouts.get(adapter.name)
-        if layout is None or layout.mode != "kv" or layout.source is None or name in self.merged_adapters:
+        if layout is None or layout.mode != "kv" or layout.source is None:
             return
         device, dtype = self.owner.device_and_dtype()
         begin_pass(ForwardPass(self.owner, [adapter]))
@@ -338,14 +337,11 @@ class VPTLayer(nn.Module, PromptTunerLayer):
             end_pass(self.owner)
         self.merged_keys[name], self.merged_values[name] = keys.contiguous(), values.contiguous()
         self._merged_from[name] = [(source, source._version) for source in adapter.sources()]
-        self.merged_adapters.append(name)
 
     def unmerge_prompts(self) -> None:
         """Go back from constants to prompts."""
-        for name in self.merged_adapters:
-            if name in self.merged_keys:
-                del self.merged_keys[name], self.merged_values[name], self._merged_from[name]
-        self.merged_adapters.clear()
+        for constants in (self.merged_keys, self.merged_values, self._merged_from):
+            constants.clear()
 
     def extra_repr(self) -> str:
         modes = {name: None if layout is None else layout.mode for name, layout in self.layouts.items()}

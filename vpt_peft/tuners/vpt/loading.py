@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .adapter_file import differences, shorten, wrong_values
+from .adapter_file import differences, refuse_misfit, wrong_values
 from .biases import as_offsets
 from .parameters import VPTParameters
 
@@ -53,15 +53,12 @@ def check_fit(parameters: VPTParameters, adapter_name: str, found: dict[str, tor
         if not value.is_floating_point()
     ]
     wrong += [why for key, value in found.items() if (why := wrong_values(key, value))]
-    if wrong:
-        raise ValueError(
-            f"the adapter file does not fit adapter {adapter_name!r} on this encoder of {len(parameters.spec.blocks)} blocks of "
-            f"width {parameters.spec.blocks[0].width}: {shorten(wrong)}. Load it onto the backbone it was trained on, with "
-            "the configuration it was saved with (num_virtual_tokens, layers_to_transform, gate, ...)."
-        )
+    refuse_misfit(f"the file of adapter {adapter_name!r}", wrong, parameters.spec)
 
 
-def check_others(model: nn.Module, adapter_name: str, others: dict[str, torch.Tensor]) -> None:
+def check_others(
+    model: nn.Module, parameters: VPTParameters, adapter_name: str, others: dict[str, torch.Tensor]
+) -> None:
     """Check that what a file holds beside prompts is the adapter's own: its copies of heads.
 
     Raises:
@@ -75,5 +72,4 @@ def check_others(model: nn.Module, adapter_name: str, others: dict[str, torch.Te
         named = {key.removeprefix("base_model.model.") for key in model.state_dict()}
         wrong = [f"{key} is not a part of the adapter" for key in sorted(foreign & named)]
     wrong += [why for key, value in others.items() if mine in key and (why := wrong_values(key, value))]
-    if wrong:
-        raise ValueError(f"the adapter file does not fit adapter {adapter_name!r}: {shorten(wrong)}.")
+    refuse_misfit(f"the file of adapter {adapter_name!r}", wrong, parameters.spec)

@@ -366,5 +366,5 @@ class VPTModel(BaseTuner):
                 remapped[key] = value
         found |= take_saved_biases(parameters, cls.prefix, adapter_name, remapped, root)
         check_fit(parameters, adapter_name, found)
-        check_others(model, adapter_name, remapped)
+        check_others(model, parameters, adapter_name, remapped)
         return remapped | {f"{path}.{key}": value for key, value in found.items()}

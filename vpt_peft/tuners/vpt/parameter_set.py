@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -62,21 +61,3 @@ class ParameterSet(nn.Module):
     def forward(self, key: str) -> torch.Tensor:
         """A copy of one parameter."""
         return self[key].clone()
-
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str], *rest: Any
-    ) -> None:
-        if state_dict:
-            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
-        else:
-            # Another adapter's file is loaded: there is no need to look at each parameter of this one.
-            missing_keys.extend([prefix + key for key in self.names])
-
-    def train(self, mode: bool = True) -> ParameterSet:
-        """Set the mode; one that stands already is not set again for each of many adapters."""
-        if self.training != mode:
-            self.training = mode
-        return self
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{key}: {'x'.join(map(str, self[key].shape))}" for key in self)

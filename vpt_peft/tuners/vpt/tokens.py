@@ -40,11 +40,6 @@ def split_tokens(
     return before, parts, behind
 
 
-def replace_tokens(output: Any, hidden: torch.Tensor) -> Any:
-    """A block's output with its tokens exchanged."""
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-
 def widen_positions(
     args: tuple, kwargs: dict[str, Any], tokens: int, position: int, count: int
 ) -> tuple[tuple, dict[str, Any]]:

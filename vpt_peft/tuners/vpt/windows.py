@@ -24,11 +24,6 @@ def merge_stage(owner: Owner, index: int, prompts: torch.Tensor) -> torch.Tensor
     return prompts
 
 
-def mean_over_windows(outputs: torch.Tensor, batch: int) -> torch.Tensor:
-    """Attention outputs `(batch · windows, prompts, heads, head_dim)` as `(batch, prompts, width)`."""
-    return outputs.unflatten(0, (batch, -1)).mean(1).flatten(-2)
-
-
 def finish(block: nn.Module, spec: BlockSpec, here: BlockPass, adapter: Adapter) -> torch.Tensor:
     """The rest of the block for one adapter's prompts: output projection, residual, second norm and MLP, residual."""
     if here.window_outputs is None or spec.attention.out is None:
