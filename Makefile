@@ -6,8 +6,6 @@ export TOKENIZERS_PARALLELISM ?= false
 # Threads that spin while they wait lose their turn to any other busy program; a step then takes 20 times as long
 export OMP_WAIT_POLICY ?= PASSIVE
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-# By path: beside a folder named vpt_peft, Python would take an empty package for one found by an import hook
-EDITABLE := --config-settings editable_mode=compat
 
 .PHONY: demo test test-docs test-app fuzz matrix docs notebooks bench lint clean
 
@@ -21,11 +19,11 @@ $(BIN)/.torch: constraints.txt
 	touch $@
 
 $(BIN)/.demo: $(BIN)/.torch setup.cfg pyproject.toml
-	$(PIP) $(EDITABLE) -e ".[demo]"
+	$(PIP) -e ".[demo]"
 	touch $@
 
 $(BIN)/.installed: $(BIN)/.torch setup.cfg pyproject.toml
-	$(PIP) $(EDITABLE) -e ".[dev]"
+	$(PIP) -e ".[dev]"
 	touch $@
 
 test: $(BIN)/.installed
@@ -39,7 +37,7 @@ APP := .venv-app/bin
 $(APP)/.installed: constraints.txt setup.cfg
 	$(PYTHON) -m venv .venv-app
 	$(APP)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(APP)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) -e ".[app]" playwright pytest
+	$(APP)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[app]" playwright pytest
 	touch $@
 
 test-app: $(APP)/.installed

@@ -2,6 +2,7 @@
 
 import ipaddress
 import socket
+import sys
 
 import pytest
 
@@ -38,3 +39,11 @@ def no_network():
         patched.setattr(socket.socket, "connect", connect_here)
         patched.setattr(socket, "getaddrinfo", look_up_here)
         yield
+
+
+@pytest.fixture(autouse=True)
+def warnings_are_said_again():
+    """A process says a warning about data once; a test counts as a process."""
+    checks = sys.modules.get("vpt_peft.data.checks")
+    if checks is not None:
+        checks.warn_once.cache_clear()

@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 
 
 def _is_command() -> bool:
-    """Whether this process is `vpt-peft` or `python -m vpt_peft`."""
+    """Whether this process is `vpt-peft` or `python -m vpt_peft`.
+
+    Both import this module before any line of theirs runs; with `-m`, `sys.argv` does not name it yet.
+    """
     started = sys.orig_argv[1:3]
-    return started == ["-m", __name__] or Path(*started[:1]).stem == "vpt-peft"
+    return started == ["-m", __name__] or Path(*started[:1]).name in ("vpt-peft", "vpt-peft.exe")
 
 
 # The command registers what it needs when it runs, so that it can show its help without torch

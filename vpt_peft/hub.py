@@ -62,7 +62,7 @@ def push_adapter(
         )
     except (OSError, HTTPError) as error:
         raise OSError(
-            f"pushing {str(folder)!r} to {repo_id!r} failed: {str(error).strip().splitlines()[0]} The local files are "
+            f"pushing {str(folder)!r} to {repo_id!r} failed: {str(error).strip().splitlines()[0].rstrip('.')}. The local files are "
             f"whole; once the network, the token (hf auth login, or HF_TOKEN) and the name are right, run: "
             f"vpt-peft push {folder} {repo_id}"
         ) from error

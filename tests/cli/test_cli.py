@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,7 +54,7 @@ def test_train_evaluate_predict(flags, tmp_path, capsys, method):
     assert len(table["predictions"]) == 10 and table["predictions"][0]["label"] == row[1]
 
 
-def test_a_table_of_images_from_the_folder_beside(tiny_vit, tmp_path, monkeypatch, capsys):
+def test_a_table_of_images_from_the_folder_beside(tiny_vit, tmp_path, monkeypatch, capsys, caplog):
     (tmp_path / "table").mkdir()
     rows = ["file,label"]
     for number in range(12):
@@ -67,8 +68,8 @@ def test_a_table_of_images_from_the_folder_beside(tiny_vit, tmp_path, monkeypatc
     card = (tmp_path / "out" / "README.md").read_text()
     assert "labels.csv (a local file)" in card and "table/" not in card.partition("| `learning_rate`")[0]
     capsys.readouterr()
-    assert main(["evaluate", "out", "--split", "validation"]) == 0
-    assert json.loads(capsys.readouterr().out)["samples"] == 2
+    assert main(["evaluate", "out"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == 2 and "There is no test split" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -146,6 +147,23 @@ def test_every_command_has_help(capsys, command):
         code = done.code
     assert code == 0
     assert command in capsys.readouterr().out
+
+
+def test_what_a_run_prints_into_files(flags, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "vpt_peft", "train", *flags[:-2], "--num_train_epochs", "2"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "HF_HOME": str(tmp_path / "cache")},
+    )
+    assert done.returncode == 0
+    *epochs, results = done.stdout.splitlines()
+    assert [line.partition(":")[0] for line in epochs] == ["epoch 1", "epoch 2"]
+    assert results.startswith("validation accuracy 0.") and results.endswith(f"saved in {tmp_path / 'out'}")
+    # Nothing else: no bars, nothing of libraries, no line twice
+    settings, *told = [line for line in done.stderr.splitlines() if not line.startswith("  ")]
+    assert [line.partition(" ")[0] for line in (settings, *told)] == ["Settings:", "Images", "Trains", "Expects"]
 
 
 def test_module_runs():

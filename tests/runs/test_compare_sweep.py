@@ -154,6 +154,22 @@ def test_sweep_takes_the_best_of_validation_to_the_test_once(flags, out, capsys)
     assert read(best)["run_info"]["train_config"]["learning_rate"] == 0.01
 
 
+def test_a_sweep_says_once_what_its_runs_share(flags, out, caplog, tmp_path):
+    for name, count in (("dark", 20), ("light", 2)):
+        (tmp_path / "squares" / name).mkdir(parents=True)
+        for index in range(count):
+            colour = (index + (100 if name == "dark" else 200),) * 3
+            Image.new("RGB", (16, 16), colour).save(tmp_path / "squares" / name / f"{index}.png")
+    data = ("--dataset_name", str(tmp_path / "squares"), "--validation_fraction", "0.5")
+    assert main(["sweep", *flags, *data, "--learning_rate", "1e-3", "1e-2"]) == 0
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("vpt_peft")]
+    results = read_results(out)
+    scores = [f"  validation accuracy {score:.4f}." for score in results["eval_accuracy"]]
+    assert sorted(line for line in said if line.startswith("  ")) == sorted(scores) and len(scores) == 3
+    assert sum("classes are uneven" in line for line in said) == 1
+    assert not [line for line in said if "Trains" in line or "epoch" in line]
+
+
 def test_sweep_by_the_loss_takes_the_lowest(flags, out, capsys):
     argv = ["sweep", *flags, "--method", "linear", "--max_steps", "24", "--learning_rate", "1e-5", "1e-2"]
     assert main([*argv, "--metric_for_best_model", "loss"]) == 0

@@ -64,8 +64,8 @@ def test_text_extrapolates_to_batch_and_epoch(trainer_of):
     counts = check_trainable(trainer.model, "vpt")
     text = describe_run(trainer, counts, StepCost(4, load_seconds=0.25, step_seconds=0.75, activation_bytes=10**9))
     assert f"Trains {counts.trainable:,} of {counts.total:,} parameters" in text
-    assert f"head {counts.head:,}" in text
+    assert f"{counts.prompts:,} of the method, {counts.head:,} of the head.\n" in text
     # 32 images keep 8 times what 4 keep; the weights are 0.1 MB
     assert "about 8,000 MB" in text
     # 96 images at a quarter of a second each
-    assert "about 24 s per epoch of 96 images" in text
+    assert "and 24 s per epoch of 96, without evaluation" in text

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .options import need_training
+from .options import hide_data_bars, need_training
 from .train_help import HELP, short_help
 
 
@@ -46,6 +46,7 @@ def run_comparison(argv: Sequence[str], command: str, description: str) -> int:
         return 0
     grid = parse_grid(parser, argv)
     comparison = comparison_of(grid, searched=command == "sweep")
+    hide_data_bars(*(flags["dataset_name"] for flags in comparison.data.values()))
     comparison.search()
     comparison.test()
     if not PartialState().is_main_process:

@@ -8,7 +8,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from .options import add_adapter_options, need_training, prepare_output_file
+from .options import add_adapter_options, hide_data_bars, need_training, prepare_output_file
 from .train_help import HELP, data_help
 
 
@@ -39,6 +39,7 @@ def run(argv: Sequence[str]) -> int:
     folder = local_folder(own.adapter, own.revision, own.subfolder, cache_dir=own.cache_dir)
     record = read_record(folder)
     data = from_record(DataArguments, {**record, **vars(own)})
+    hide_data_bars(data.dataset_name)
     task = get_task(record.get("task", get_task().pipeline_tag))
     model, processor = load_adapter_model(folder, own.base_model, cache_dir=own.cache_dir)
     metrics = evaluate_model(move_to(model, own.device), processor, data, own.split, own.batch_size, task=task)
@@ -52,6 +53,7 @@ def run(argv: Sequence[str]) -> int:
 def _add_options(parser: ArgumentParser) -> None:
     add_adapter_options(parser)
     parser.add_argument(
-        "--split", default="test", help="train, validation, test, or any split of the data by its own name"
+        "--split",
+        help="train, validation, test, or any split of the data by its own name; default: test, else validation",
     )
     parser.add_argument("--output_file", help="also write the metrics to this .json file")

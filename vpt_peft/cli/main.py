@@ -36,7 +36,7 @@ _SECRETS = ("--token", "--hub_token")
 
 
 def register() -> None:
-    """Make the methods known to PEFT.
+    """Make the methods known to PEFT, and libraries quiet.
 
     PEFT and transformers import whatever backends of theirs are installed; what those say of themselves is not for the
     user of a command.
@@ -47,10 +47,20 @@ def register() -> None:
         warnings.simplefilter("ignore", FutureWarning)
     logging.disable(logging.WARNING)
     try:
+        from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+        from transformers.utils import logging as transformers_logging
+
         from ..peft_model import extend_peft_model
     finally:
         logging.disable(logging.NOTSET)
     extend_peft_model()
+    # It orders checkpoints of one second by their numbers, which is right, and says so
+    logging.getLogger("transformers.trainer_utils").addFilter(lambda record: "mtime" not in record.getMessage())
+    shown = sys.stderr.isatty() and not are_progress_bars_disabled()
+    # Reading weights takes a moment, so only their download has a bar
+    transformers_logging.disable_progress_bar()
+    if shown:
+        enable_progress_bars()
 
 
 def usage() -> str:
@@ -82,6 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("vpt_peft").setLevel(logging.INFO)
+    for library in ("datasets", "huggingface_hub", "torchmetrics"):
+        # They print by themselves, and would be heard twice
+        logging.getLogger(library).propagate = False
     try:
         refuse_secrets(rest)
         # The doctor looks at what would fail here

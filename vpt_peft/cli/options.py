@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import ArgumentParser, ArgumentTypeError
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +25,17 @@ def need_training() -> None:
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(f"this needs {', '.join(missing)}: pip install 'vpt_peft[train]'.")
+
+
+def hide_data_bars(*names: str) -> None:
+    """Hide the progress bars of `datasets`, unless one of the data sets may be fetched and somebody watches."""
+    import datasets
+
+    from ..data.digits import DIGITS
+
+    local = all(name in DIGITS or Path(name).expanduser().exists() for name in names)
+    if local or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
 
 
 def prepare_output_file(path: str | None) -> None:

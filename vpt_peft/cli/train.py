@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import sys
 import textwrap
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import need_training
+from .options import hide_data_bars, need_training
 from .train_help import HELP, short_help
 
 
@@ -26,9 +27,6 @@ def run(argv: Sequence[str]) -> int:
         print(short_help(PROG, argv), end="")
         return 0
     need_training()
-    import datasets
-    from transformers.utils import logging as transformers_logging
-
     from ..tasks import get_task
     from ..training.arguments import parse_args, train_parser, write_arguments
     from ..training.output import lost_process_explained
@@ -47,9 +45,9 @@ def run(argv: Sequence[str]) -> int:
         return 0
     if training.process_index == 0:
         logger.info(describe(arguments))
-    if training.disable_tqdm:
-        datasets.disable_progress_bars()
-        transformers_logging.disable_progress_bar()
+    hide_data_bars(arguments.data.dataset_name)
+    if "disable_tqdm" not in arguments.given:
+        training.disable_tqdm = not sys.stderr.isatty()
     with lost_process_explained(training.output_dir or "."):
         metrics = train(arguments)
     if training.process_index != 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +18,12 @@ logger = logging.getLogger(__name__)
 _UNEVEN = 10
 
 
+@functools.cache
+def warn_once(text: str) -> None:
+    """Warn of a fault of the data; a comparison reads the same data in every run, and says it once."""
+    logger.warning("%s", text)
+
+
 def warn_of_labels(train: Sequence[int], validation: Sequence[int], names: Sequence[str]) -> None:
     """Warn of classes without images, of few images in all, and of strong imbalance.
 
@@ -28,32 +35,23 @@ def warn_of_labels(train: Sequence[int], validation: Sequence[int], names: Seque
     counts = Counter(train)
     absent = [name for number, name in enumerate(names) if not counts[number]]
     if absent:
-        logger.warning(
-            "%d of the %d classes have no training image (%s), so the model cannot learn them.",
-            len(absent),
-            len(names),
-            _listed(absent),
+        warn_once(
+            f"{len(absent)} of the {len(names)} classes have no training image ({_listed(absent)}), so the model "
+            "cannot learn them."
         )
     unseen = [names[number] for number in sorted(set(counts) - set(validation))]
     if unseen:
-        logger.warning(
-            "%d classes have no validation image (%s), so its metrics say nothing about them%s.",
-            len(unseen),
-            _listed(unseen),
-            "; a single class is no measure" if len(set(validation)) < 2 else "",
+        single = "; a single class is no measure" if len(set(validation)) < 2 else ""
+        warn_once(
+            f"{len(unseen)} classes have no validation image ({_listed(unseen)}), so its metrics say nothing about "
+            f"them{single}."
         )
     (largest, most), (smallest, least) = counts.most_common()[0], counts.most_common()[-1]
     if most >= _UNEVEN * least:
-        logger.warning(
-            "The classes are uneven: %d of the %d training images are %r, %d are %r. Who always says %r is right in "
-            "%.0f %% of them, so compare by macro_f1 (--metric_for_best_model macro_f1).",
-            most,
-            len(train),
-            names[largest],
-            least,
-            names[smallest],
-            names[largest],
-            100 * most / len(train),
+        warn_once(
+            f"The classes are uneven: {most} of the {len(train)} training images are {names[largest]!r}, {least} are "
+            f"{names[smallest]!r}. Who always says {names[largest]!r} is right in {100 * most / len(train):.0f} % of "
+            "them, so compare by macro_f1 (--metric_for_best_model macro_f1)."
         )
 
 

@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 
 from .arguments import DataArguments
+from .checks import warn_once
 from .images import DataError, decode_image
 from .mask_folders import find_pairs, read_pairs
 from .masks import IGNORED, NUMBER_MODES, Mask
@@ -143,7 +144,7 @@ def _numbers_as_names(train: datasets.Dataset, data: DataArguments) -> list[str]
             values = np.asarray(opened).astype(np.int64)
             most = max(most, int(values[values != data.ignore_index].max(initial=0)))
     count = most + (not data.reduce_labels)
-    logger.warning("There is no id2label.json, so the %d classes of the masks are called by their numbers.", count)
+    warn_once(f"There is no id2label.json, so the {count} classes of the masks are called by their numbers.")
     return [str(number) for number in range(count)]
 
 

@@ -248,7 +248,8 @@ class Comparison:
             logger.warning("%s failed: %s", place.name, result["run_info"]["error_msg"])
             return None
         metrics = result["train_info"]["metrics"]
-        if stage == "search":
-            return metrics[f"eval_{self.metric}"]
-        name = self.task.best_metric
-        return metrics[f"test_{name}" if f"test_{name}" in metrics else f"eval_{name}"]
+        name = self.metric if stage == "search" else self.task.best_metric
+        tested = stage == "test" and f"test_{name}" in metrics
+        score = metrics[f"test_{name}" if tested else f"eval_{name}"]
+        logger.info("  %s %s %.4f.", "test" if tested else "validation", name.replace("_", " "), score)
+        return score

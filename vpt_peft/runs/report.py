@@ -55,9 +55,10 @@ def report(comparison: Comparison, searched: bool) -> tuple[str, bool]:
     if not tested.empty:
         tested_on = "test" if column.startswith("test_") else "validation"
         draws, seeds = len(comparison.draws), len(comparison.seeds)
-        parts.append(
-            f"{shown_as(metric).title} on {tested_on} images; mean ± standard deviation, {draws} draws of images x {seeds} seeds:\n"
-        )
+        runs = "one run each"
+        if draws * seeds > 1:
+            runs = f"mean ± standard deviation, draws of images: {draws}, seeds: {seeds}"
+        parts.append(f"{shown_as(metric).title} on {tested_on} images; {runs}:\n")
         parts.append(summary_table(results, column, metric, comparison.groups, rows))
         if len(data) > 1:
             parts.append(data_table(results, column, metric, rows, data))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import io
 import json
+import logging
 import shutil
 import time
-from collections.abc import Mapping
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def run_once(arguments: Arguments, place: Place, results_dir: Path, with_test: b
     failure, started, memory = None, time.monotonic(), Memory()
     try:
         # The Trainer prints its log, which the result holds
-        with measure_memory() as memory, redirect_stdout(io.StringIO()):
+        with measure_memory() as memory, redirect_stdout(io.StringIO()), _only_warnings():
             metrics = train(arguments, with_test)
     except DataError:
         raise
@@ -75,6 +76,18 @@ def run_once(arguments: Arguments, place: Place, results_dir: Path, with_test: b
             _remove_weights(folder)
     state.wait_for_everyone()
     return result
+
+
+@contextmanager
+def _only_warnings() -> Iterator[None]:
+    """Leave out what a run tells of itself, as it would be much the same in every run."""
+    logger = logging.getLogger(__package__.partition(".")[0])
+    level = logger.level
+    logger.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _remove_weights(folder: Path) -> None:

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from ..data.arguments import DataArguments
-from ..data.checks import check_images_differ, warn_of_labels
+from ..data.checks import check_images_differ, warn_of_labels, warn_once
 from ..data.images import DataError
 from ..data.sources import read_source
 from ..data.splits import as_checked_images, choose_splits, divide, find_column
@@ -113,7 +113,7 @@ class ImageClassification:
         labels = {name: _labels_of(split, label_column, name) for name, split in splits.items()}
         hidden = all(value is None or value == -1 for value in labels.get("test", ()))
         if data.test_split is None and "test" in labels and hidden:
-            logger.warning("The test split has no labels and is left out; with --test_split that is an error.")
+            warn_once("The test split has no labels and is left out; with --test_split that is an error.")
             splits.pop("test")
             labels.pop("test")
         names, lookup = _find_classes(features[label_column], labels["train"], named)
@@ -306,7 +306,7 @@ def _find_classes(
     # Negative numbers mean "no label" by convention
     distinct = sorted({v for v in train_labels if v is not None and not (isinstance(v, int) and v < 0)})
     if distinct and isinstance(distinct[0], int) and distinct != list(range(len(distinct))):
-        logger.warning("The labels %s are renumbered from 0; the numbers stay as names.", _shorten(distinct))
+        warn_once(f"The labels {_shorten(distinct)} are renumbered from 0; the numbers stay as names.")
     return [str(value) for value in distinct], {value: number for number, value in enumerate(distinct)}
 
 

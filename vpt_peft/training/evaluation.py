@@ -33,7 +33,7 @@ def evaluate_model(
     model: Classifier,
     image_processor: Any,
     data: DataArguments,
-    split: str = "test",
+    split: str | None = None,
     batch_size: int = 64,
     token: str | None = None,
     task: Task | None = None,
@@ -46,7 +46,8 @@ def evaluate_model(
         model: a model for the task, or a `PeftModel` of one.
         image_processor: prepares its images.
         data: the data, as for training.
-        split: "train", "validation", "test", or any split of the data set by its own name.
+        split: "train", "validation", "test", or any split of the data set by its own name; default: test, or
+            validation where there is none, which is said.
         batch_size: images per forward pass.
         token: Hub token.
         task: default: image classification.
@@ -55,10 +56,14 @@ def evaluate_model(
         DataError: no such split, or classes that the model does not know.
     """
     task = task or get_task()
-    if split not in ("train", "validation", "test"):
+    if split not in (None, "train", "validation", "test"):
         data, split = replace(data, test_split=split), "test"
     names = {int(number): name for number, name in (base_model(model).config.id2label or {}).items()}
     splits = task.read(data, token=token, id2label=names)
+    if split is None:
+        split = "test" if "test" in splits else "validation"
+        if split == "validation":
+            logger.warning("There is no test split, so these are the validation images, by which weights are chosen.")
     if split not in splits:
         raise DataError(f"split={split!r} is not in {data.dataset_name!r}, which has {', '.join(splits)}.")
     rows = task.rows(splits[split], image_processor, data.augmentation)

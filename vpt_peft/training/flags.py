@@ -198,7 +198,8 @@ class TrainingFlags:
         },
     )
     weight_decay: float = field(
-        default=0.0, metadata={"help": "Weight decay of matrices for which there is no value of their own."}
+        default=0.0,
+        metadata={"help": "Weight decay of the head, and of backbone matrices that train; prompts have their own."},
     )
     num_train_epochs: float = field(default=3.0, metadata={"help": "Epochs to train."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Images per step and device."})
@@ -232,7 +233,9 @@ class TrainingFlags:
         default=None, metadata={"help": "Recompute activations in the backward pass: less memory, more time."}
     )
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read images."})
-    disable_tqdm: bool | None = field(default=None, metadata={"help": "No progress bars."})
+    disable_tqdm: bool | None = field(
+        default=None, metadata={"help": "No progress bars; default: where nobody watches (output to a file)."}
+    )
     push_to_hub: bool = field(default=False, metadata={"help": "Upload the finished adapter."})
     hub_model_id: str | None = field(
         default=None, metadata={"help": "Where to, as user/name; default: the name of output_dir."}

@@ -114,12 +114,12 @@ def describe_run(trainer: Trainer, counts: ParameterCounts, cost: StepCost) -> s
     batch, images = args.per_device_train_batch_size, len(dataset)
     total = expected_bytes(trainer, counts, cost)
     seconds = images / args.world_size * (cost.load_seconds + cost.step_seconds) / cost.images
+    parts = {"of the method": counts.prompts, "of the head": counts.head, "others": counts.rest}
+    listed = ", ".join(f"{count:,} {name}" for name, count in parts.items() if count)
     return (
-        f"Trains {counts.trainable:,} of {counts.total:,} parameters ({share:.2f} %): prompts and the like "
-        f"{counts.prompts:,}, head {counts.head:,}, other {counts.rest:,}.\n"
-        f"Expects about {total / 1e6:,.0f} MB for weights, gradients, optimizer state and the activations of {batch} "
-        f"images, and about {seconds:,.0f} s per epoch of {images:,} images, without evaluation "
-        f"(from one step of {cost.images} images; larger batches run at another speed)."
+        f"Trains {counts.trainable:,} of {counts.total:,} parameters ({share:.2f} %): {listed}.\n"
+        f"Expects about {total / 1e6:,.0f} MB for weights, gradients, optimizer state and activations of {batch} images,\n"
+        f"  and {seconds:,.0f} s per epoch of {images:,}, without evaluation (extrapolated from {cost.images} images)."
     )
 
 

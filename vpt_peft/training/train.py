@@ -14,6 +14,7 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, set_seed
 
+from ..data.checks import warn_once
 from ..files import written_beside
 from ..methods.structure import Classifier, base_model
 from ..tasks import Task, get_task
@@ -177,7 +178,7 @@ def cache_splits(
         with training.main_process_first(desc="computing features"):
             cached = {name: cache.store(split, rows[name], task) for name, split in splits.items()}
     except (FeaturesTooLarge, ValueError) as error:
-        logger.warning("Features are not cached, so every epoch runs the whole model: %s.", error)
+        warn_once(f"Features are not cached, so every epoch runs the whole model: {error}.")
         return dict(rows)
     probe = range(min(4, len(rows["train"])))
     images = task.collate([rows["train"][index] for index in probe])["pixel_values"].to(training.device)
@@ -186,7 +187,7 @@ def cache_splits(
     with forward, torch.autocast(images.device.type, autocast, autocast is not None):
         exact = forward.is_exact(images, features, 1e-4 if autocast is None else 2e-2)
     if not exact:
-        logger.warning("Features are not cached, so every epoch runs the whole model: they would not be exact.")
+        warn_once("Features are not cached, so every epoch runs the whole model: they would not be exact.")
         return dict(rows)
     stack.enter_context(forward)
     logger.info("Starts from features before the %s, cached in %s.", split_point.name, folder)
