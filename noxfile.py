@@ -29,7 +29,7 @@ def install(session: nox.Session, transformers: str, peft: str) -> None:
     kept = [line for line in lines if not line.startswith(("transformers", "peft", "#"))]
     constraints = Path(session.create_tmp(), "constraints.txt")
     constraints.write_text("\n".join([*kept, f"transformers=={transformers}", f"peft=={peft}", ""]), encoding="utf-8")
-    session.install("-q", "-c", str(constraints), "--config-settings", "editable_mode=compat", "-e", ".[dev]")
+    session.install("-q", "-c", str(constraints), "-e", ".[dev]")
 
 
 def folder(transformers: str, peft: str) -> str:
