@@ -22,6 +22,8 @@ from transformers import (
 
 import vpt_peft
 from vpt_peft import GatedVPTConfig, VPTConfig
+from vpt_peft.attention.extras import AttentionExtras
+from vpt_peft.attention.intercept import PromptInterceptor
 
 
 PROMPTS, TOKENS, BLOCKS, HEADS = 3, 17, 3, 4
@@ -327,3 +329,13 @@ def test_columns_without_a_class_token(kind: str):
 def test_a_model_without_prompts_is_refused():
     with pytest.raises((ValueError, TypeError), match="prompts"):
         vpt_peft.attention_maps(copy.deepcopy(base()), images(2))
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_maps_of_a_torch_call_have_its_scale(scale: float | None):
+    query, key, value = torch.randn(3, 2, HEADS, 5, 8, dtype=torch.float64).unbind()
+    recorded: list = []
+    with PromptInterceptor(AttentionExtras(maps=recorded)):
+        nn.functional.scaled_dot_product_attention(query, key, value, scale=scale)
+    expected = (query @ key.mT * (8**-0.5 if scale is None else scale)).softmax(-1)
+    assert (recorded[0].maps - expected).abs().max() < 1e-12

@@ -11,6 +11,7 @@ from architectures import ARCHITECTURES
 from encoder_fixtures import build, inputs_of
 from peft import PeftModel, get_peft_model
 from small_models import images, randomize, tiny_vit
+from transformers import SwinConfig, SwinForImageClassification
 
 from vpt_peft import EncoderError, VPTConfig
 from vpt_peft.encoder import Projection
@@ -104,6 +105,23 @@ def test_mixed_batch_and_merged():
     model.set_adapter("default")
     model.merge_adapter()
     torch.testing.assert_close(logits(model), alone["default"], rtol=0, atol=1e-12)
+
+
+def test_mixed_batch_among_windows():
+    """Rows of attention are windows there, several for each image."""
+    torch.manual_seed(0)
+    sizes = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "window_size": 4, "num_labels": 7}
+    base = SwinForImageClassification(SwinConfig(depths=[2, 1], num_heads=[2, 4], **sizes)).double()
+    model = get_peft_model(base, VPTConfig(num_virtual_tokens=2, bias="all"), adapter_name="a")
+    model.add_adapter("b", VPTConfig(num_virtual_tokens=2, bias="all"))
+    randomize(model).eval()
+    alone = {}
+    for name in ("a", "b"):
+        model.set_adapter(name)
+        alone[name] = logits(model)
+    mixed = logits(model, adapter_names=["b", "a", "b"])
+    expected = torch.stack([alone["b"][0], alone["a"][1], alone["b"][2]])
+    torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-10)
 
 
 def test_fused_projections():

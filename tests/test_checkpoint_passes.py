@@ -6,7 +6,9 @@ gradients are those without checkpointing.
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -20,6 +22,7 @@ from transformers import SwinConfig, SwinForImageClassification
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vpt_peft import GatedVPTConfig, VPTConfig
+from vpt_peft.tuners.vpt.forward_pass import ForwardPass
 
 
 KINDS: dict[str, Callable[..., VPTConfig]] = {
@@ -260,3 +263,27 @@ def test_gradients_of_base_and_adapter_in_one_loss(kind: str, use_reentrant: boo
         model.pixels.grad = pixels.grad  # type: ignore[union-attr]
 
     compare(kind, use_reentrant, scenario)
+
+
+@pytest.mark.parametrize("kind", ["deep", "pooled"])
+def test_passes_end_with_their_graph(kind: str, monkeypatch: pytest.MonkeyPatch):
+    """What blocks keep to run again holds nothing that holds it: it is gone without the garbage collector."""
+    kept: list[weakref.ref] = []
+    snapshot = ForwardPass.for_another_run
+
+    def noted(self: ForwardPass) -> ForwardPass:
+        made = snapshot(self)
+        kept.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(ForwardPass, "for_another_run", noted)
+    model = attach(kind)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    gc.disable()
+    try:
+        loss = model(pixel_values=images()).logits.sum()
+        assert kept and any(each() is not None for each in kept)
+        del loss
+        assert all(each() is None for each in kept)
+    finally:
+        gc.enable()

@@ -266,19 +266,23 @@ def test_the_undamaged_folder_loads(way: str, saved: Path):
     assert torch.equal(found.vpt_prompts[name]["1"], expected)
 
 
-def test_a_failure_after_attaching(saved: Path, monkeypatch: pytest.MonkeyPatch):
-    """What PEFT trips over once the adapter is on the model."""
+@pytest.mark.parametrize("step", ["peft.peft_model.load_peft_weights", "peft.PeftModel.eval"])
+def test_a_failure_after_attaching(saved: Path, monkeypatch: pytest.MonkeyPatch, step: str):
+    """What PEFT trips over once the adapter is on the model: at reading its values, or after the last step."""
 
-    def fail(*_: Any, **__: Any) -> None:
+    def fail(first: Any, *_: Any, **__: Any) -> None:
+        if isinstance(first, nn.Module):
+            nn.Module.eval(first)
         raise RuntimeError("no more memory")
 
-    for way in ("base", "with_lora", "second", "trained"):
+    # An adapter that goes on training stays in training mode
+    for way in ("base", "with_lora", "second", *(() if step.endswith("eval") else ("trained",))):
         make, load = WAYS[way]
         folder = saved / ("nested" if way == "with_lora" else "deep")
-        model = make("deep")
+        model = make("deep").train()
         before = state(model)
         with monkeypatch.context() as patched:
-            patched.setattr("peft.peft_model.load_peft_weights", fail)
+            patched.setattr(step, fail)
             with pytest.raises(RuntimeError, match="no more memory"):
                 load(model, folder)
         same(before, state(model))

@@ -234,3 +234,39 @@ def test_mixed_kinds_in_one_peft_model():
         with pytest.raises(ValueError, match="different peft types"):
             model.add_adapter("other", config)
     assert torch.equal(logits(model, images()), before) and list(model.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize("name", ["shallow", "gated", "deep"])
+@pytest.mark.parametrize("names", [None, ["a", "b"]])
+def test_a_prompted_model_that_runs_inside_another(name: str, names: list[str] | None):
+    """The outer pass goes on as if nothing had run in between, and the inner one knows nothing of it."""
+    outer = get_peft_model(vit(), CONFIGS[name](), adapter_name="a")
+    outer.add_adapter("b", CONFIGS[name]())
+    inner = randomize(get_peft_model(vit(seed=1), CONFIGS[name](), adapter_name="c"), 3).eval()
+    randomize(outer, 2).eval()
+    given: dict[str, Any] = {} if names is None else {"adapter_names": names}
+    pixels, found = images(), []
+    alone = logits(outer, pixels, **given), logits(inner, pixels)
+    block = outer.get_base_model().vit.layers[1]
+    for register in (block.register_forward_pre_hook, block.register_forward_hook):
+        register(lambda *_: found.append(logits(inner, pixels)) or None)
+    assert torch.equal(logits(outer, pixels, **given), alone[0])
+    assert len(found) == 2 and all(torch.equal(each, alone[1]) for each in found)
+
+
+def test_an_adapter_that_is_deleted_during_a_call_serves_it_to_the_end():
+    """Its head too; the next call runs with what is active then."""
+    model = get_peft_model(vit(), CONFIGS["deep"](), adapter_name="a")
+    model.add_adapter("b", CONFIGS["deep"]())
+    randomize(model, 2).eval()
+    of_a = logits(model, images())
+    block = model.get_base_model().vit.layers[BLOCKS - 1]
+
+    def delete(*_: Any) -> None:
+        handle.remove()
+        model.set_adapter("b")
+        model.delete_adapter("a")
+
+    handle = block.register_forward_pre_hook(delete)
+    assert torch.equal(logits(model, images()), of_a)
+    assert not torch.allclose(logits(model, images()), of_a)

@@ -8,7 +8,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import ViTForImageClassification
 
-from vpt_peft.methods import COMBINED_METHODS, METHODS, MethodOptions
+from vpt_peft.methods import COMBINED_METHODS, METHODS, MethodOptions, baselines
 from vpt_peft.methods.apply import apply_method
 from vpt_peft.methods.modules import BottleneckAdapter, MLPHead, SideTuning
 from vpt_peft.methods.structure import find_blocks, find_final_norm, find_head
@@ -259,3 +259,12 @@ def test_backbone_weights_that_do_not_fit_are_refused(tiny_vit, tmp_path, change
 def test_saving_needs_a_known_model(tiny_vit, tmp_path):
     with pytest.raises(ValueError, match="not made by build_model"):
         save_trained(load_backbone(ModelArguments(tiny_vit), LABELS), tmp_path / "x")
+
+
+def test_biases_are_known_by_their_names():
+    """Some attention modules hold the biases of their queries and values by themselves."""
+    module = nn.Module()
+    for name, shape in {"q_bias": (4,), "bias": (4,), "position_bias": (4, 4), "weight": (4,)}.items():
+        module.register_parameter(name, nn.Parameter(torch.zeros(shape), requires_grad=False))
+    baselines.bias(module, MethodOptions(), None)
+    assert {name for name, parameter in module.named_parameters() if parameter.requires_grad} == {"q_bias", "bias"}

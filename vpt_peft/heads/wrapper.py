@@ -131,10 +131,7 @@ def wrap_heads(
         module = root.get_submodule(path)
         if isinstance(module, ModulesToSaveWrapper):
             wrapper = module if isinstance(module, HeadWrapper) else HeadWrapper.take_over(module)
-            known = adapter_name in wrapper.modules_to_save
             wrapper.update(adapter_name)
-            if not known:
-                wrapper.set_requires_grad(adapter_name, False)
             if active:
                 wrapper.set_adapter(adapter_name, inference_mode=inference_mode)
         else:
