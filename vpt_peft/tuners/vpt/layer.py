@@ -292,8 +292,7 @@ class VPTLayer(nn.Module, PromptTunerLayer):
         return extras
 
     def _project(self, prompts: torch.Tensor, like: torch.Tensor) -> Pair:
-        prompts = prompts.to(like.device, like.dtype)
-        return project(self.block, self.spec.attention, prompts, "key", "value")
+        return project(self.block, self.spec.attention, prompts.to(like), "key", "value")
 
     def key_values(self, here: BlockPass, adapter: Adapter, layout: BlockLayout, like: torch.Tensor) -> Pair:
         """Keys and values of one adapter's prompts, `(batch or 1, heads, prompts, head_dim)`; constants once merged."""
