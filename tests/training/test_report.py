@@ -69,3 +69,7 @@ def test_text_extrapolates_to_batch_and_epoch(trainer_of):
     assert "about 8,000 MB" in text
     # 96 images at a quarter of a second each
     assert "and 24 s per epoch of 96, without evaluation" in text
+    # 3 batches in each epoch
+    assert f"Its {round(3 * trainer.args.num_train_epochs)} steps may be too few" in text
+    trainer.args.num_train_epochs = 40
+    assert "too few" not in describe_run(trainer, counts, StepCost(4, 0.25, 0.75, 10**9))

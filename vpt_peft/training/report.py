@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from .model import ParameterCounts
 
 
 _TURNS = 3
+# With fewer, the rate is back at zero before the model has learned
+_FEW_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -116,10 +119,19 @@ def describe_run(trainer: Trainer, counts: ParameterCounts, cost: StepCost) -> s
     seconds = images / args.world_size * (cost.load_seconds + cost.step_seconds) / cost.images
     parts = {"of the method": counts.prompts, "of the head": counts.head, "others": counts.rest}
     listed = ", ".join(f"{count:,} {name}" for name, count in parts.items() if count)
+    per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    epochs = args.num_train_epochs
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(images / per_step) * epochs)
+    hint = ""
+    if steps < _FEW_STEPS:
+        hint = (
+            f"\n  Its {steps} steps may be too few; --num_train_epochs and --per_device_train_batch_size change that."
+        )
     return (
         f"Trains {counts.trainable:,} of {counts.total:,} parameters ({share:.2f} %): {listed}.\n"
         f"Expects about {total / 1e6:,.0f} MB for weights, gradients, optimizer state and activations of {batch} images,\n"
         f"  and {seconds:,.0f} s per epoch of {images:,}, without evaluation (extrapolated from {cost.images} images)."
+        + hint
     )
 
 
