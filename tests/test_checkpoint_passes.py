@@ -22,7 +22,7 @@ from transformers import SwinConfig, SwinForImageClassification
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vpt_peft import GatedVPTConfig, VPTConfig
-from vpt_peft.tuners.vpt.forward_pass import ForwardPass
+from vpt_peft.tuners.vpt.forward_pass import CheckpointedFunction, ForwardPass, begin_pass, current_pass, end_pass
 
 
 KINDS: dict[str, Callable[..., VPTConfig]] = {
@@ -287,3 +287,23 @@ def test_passes_end_with_their_graph(kind: str, monkeypatch: pytest.MonkeyPatch)
         assert all(each() is None for each in kept)
     finally:
         gc.enable()
+
+
+def test_every_run_of_a_block_begins_alike():
+    """Where a block's hooks run inside its checkpoint, they write into the states that flow in."""
+    owner: Any = object()
+    flows_in, seen, runs = torch.zeros(1), [], []
+
+    def block() -> None:
+        here = current_pass(owner).block_pass(1)  # type: ignore[union-attr]
+        seen.append(here.states["a"])
+        here.states["a"] = torch.ones(1)
+
+    begin_pass(ForwardPass(owner, [], states={"a": flows_in}))
+    try:
+        CheckpointedFunction(runs.append)(block)
+    finally:
+        end_pass(owner)
+    for _ in range(2):
+        runs[0]()
+    assert len(seen) == 2 and all(state is flows_in for state in seen) and current_pass(owner) is None
