@@ -254,19 +254,19 @@ def test_a_prompted_model_that_runs_inside_another(name: str, names: list[str] |
     assert len(found) == 2 and all(torch.equal(each, alone[1]) for each in found)
 
 
-def test_an_adapter_that_is_deleted_during_a_call_serves_it_to_the_end():
-    """Its head too; the next call runs with what is active then."""
+@pytest.mark.parametrize("path", ["vit", f"vit.layers.{BLOCKS - 1}"])
+def test_an_adapter_that_is_deleted_during_a_call_serves_it_to_the_end(path: str):
+    """Deleted before the encoder is entered, or in its last block; the next call runs with what is active then."""
     model = get_peft_model(vit(), CONFIGS["deep"](), adapter_name="a")
     model.add_adapter("b", CONFIGS["deep"]())
     randomize(model, 2).eval()
     of_a = logits(model, images())
-    block = model.get_base_model().vit.layers[BLOCKS - 1]
 
     def delete(*_: Any) -> None:
         handle.remove()
         model.set_adapter("b")
         model.delete_adapter("a")
 
-    handle = block.register_forward_pre_hook(delete)
+    handle = model.get_base_model().get_submodule(path).register_forward_pre_hook(delete, prepend=True)
     assert torch.equal(logits(model, images()), of_a)
     assert not torch.allclose(logits(model, images()), of_a)
