@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from vpt_peft import VPTConfig
-from vpt_peft.encoder import find_encoder
+from vpt_peft.encoder import EncoderError, find_encoder
 from vpt_peft.heads import check_task_type, find_task_head, modules_to_wrap
 
 
@@ -234,6 +234,12 @@ def test_heads_stand_anywhere(make, backbone: str | None, expected: list[str]):
         assert found(model, backbone) == expected
         if backbone is None:
             assert find_task_head(model) == expected
+
+
+@pytest.mark.parametrize("make, message", [(linear, "has no vision encoder"), (Towers, "has several vision encoders")])
+def test_the_encoder_is_found_where_it_is_the_only_one(make, message: str):
+    with pytest.raises(EncoderError, match=message):
+        find_task_head(make())
 
 
 def test_heads_in_a_peft_model():
