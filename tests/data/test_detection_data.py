@@ -128,6 +128,9 @@ def test_other_faults_are_named(tmp_path):
         read(hub(tmp_path / "a", category=datasets.Value("int64"), train=[ONE], validation=rows))
     with pytest.raises(DataError, match="split 'validation' has no object"):
         read(hub(tmp_path / "b", train=[ONE], validation=[NONE, NONE]))
+    crowds = {**ONE, "iscrowd": [1]}
+    with pytest.raises(DataError, match="split 'train' has no object in any of its 1 images .crowds are none"):
+        read(hub(tmp_path / "d", train=[crowds], validation=[crowds]))
     with pytest.raises(DataError, match="label_column_name='image' is not a column of objects"):
         read(tmp_path / "b", label_column_name="image")
     plain = datasets.Dataset.from_dict({"image": [picture()], "label": [0]}).cast_column("image", datasets.Image())

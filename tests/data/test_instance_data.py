@@ -111,6 +111,40 @@ def test_polygons_run_lengths_and_crowds(tmp_path):
     assert instance_masks(renumbered["train"][0])[1].tolist() == [0, 1]
 
 
+def outline(segmentation, **fields):
+    return {"category_id": 1, "bbox": [0, 0, 2, 2], "segmentation": segmentation, **fields}
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        ([[0, 0, 4, 0]], "cannot be used .a polygon needs at least three points"),
+        ([[0, 0, 4, 0, 4, 4, 0]], "a polygon needs at least three points"),
+        ([[20, 20, 30, 20, 30, 30]], "cannot be used .it covers no pixel of the image"),
+        ([[1, 1, 4, 1, 3, 1]], "it covers no pixel"),
+        ({"size": [3, 3], "counts": [1, 8]}, r"of size \[3, 3\], the image is \[6, 8\]"),
+        ({"size": [6, 8], "counts": [1, 8]}, "cannot be used"),
+        ({"size": [6, 8], "counts": "~~"}, "cannot be used"),
+        ({"size": [6, 8]}, "lacks 'counts'"),
+        ("text", "cannot be used"),
+    ],
+)
+def test_wrong_segmentations_name_the_sample(tmp_path, segmentation, message):
+    good = outline([[0, 0, 4, 0, 4, 2, 0, 2]])
+    with pytest.raises(
+        DataError, match=r"row 0 of split 'train' \(.*a.png\): the segmentation of object 1.*" + message
+    ):
+        read(coco(tmp_path, [good, outline(segmentation)]))
+
+
+def test_splits_without_an_object_are_refused(tmp_path):
+    with pytest.raises(DataError, match="split 'train' has no object in any of its 2 images"):
+        read(parquet(tmp_path / "a", [ids(), ids()]))
+    crowd = outline([[0, 0, 4, 0, 4, 2, 0, 2]], iscrowd=1)
+    with pytest.raises(DataError, match="split 'train' has no object in any of its 1 images .crowds are none"):
+        read(coco(tmp_path / "b", [crowd]))
+
+
 def test_boxes_alone_are_no_instances(tmp_path):
     with pytest.raises(DataError, match="row 0 of split 'train': object 0 has no segmentation"):
         read(coco(tmp_path, [{"category_id": 1, "bbox": [0, 0, 2, 2]}]))

@@ -131,6 +131,7 @@ def test_what_makes_no_sense_is_refused(place, tmp_path, capsys):
     for more, message in (
         (["--method", "mlp"], "method='mlp' is for classifiers"),
         (["--image_size", "0", "5"], "image_size=[0, 5]"),
+        (["--image_size", "48", "4"], "image_size=[48, 4]: a patch has 8x8 pixels; give at least that."),
     ):
         assert main(["train", *flags(place, tmp_path / "no", *more)]) != 0
         assert message in capsys.readouterr().err

@@ -133,6 +133,7 @@ def test_what_makes_no_sense_is_refused(place, tmp_path, capsys):
         (["--method", "mlp"], "method='mlp' is for classifiers"),
         (["--decoder", "unet"], "decoder='unet' is not for task='semantic-segmentation'; choose one of linear,"),
         (["--decoder", "upernet"], "decoder='upernet' needs a backbone of transformers"),
+        (["--image_size", "3", "16"], "image_size=[3, 16]: a patch has 4x4 pixels; give at least that."),
         (["--metric_for_best_model", "accuracy"], "choose one of mean_iou"),
     ):
         assert main(["train", *flags(place, tmp_path / "no", *more)]) != 0

@@ -75,12 +75,26 @@ def read_detection(
 
     prepared = complete_splits(prepared, data)
     for name, split in prepared.items():
-        if not any(row["category"] for row in split["objects"]):
-            raise DataError(
-                f"split {name!r} has no object in any of its {len(split)} images, so nothing can be learned or measured "
-                "on it; check label_column_name and the annotations."
-            )
+        check_any(name, len(split), (not crowd for row in split["objects"] for crowd in row["iscrowd"]))
     return prepared
+
+
+def check_any(split: str, images: int, objects: Iterable[bool]) -> None:
+    """Check that a split has an object that is no crowd.
+
+    Args:
+        split: its name.
+        images: its number of images.
+        objects: whether something is such an object.
+
+    Raises:
+        DataError: nothing is.
+    """
+    if not any(objects):
+        raise DataError(
+            f"split {split!r} has no object in any of its {images} images (crowds are none), so nothing can be learned "
+            "or measured on it; check label_column_name and the annotations."
+        )
 
 
 def complete_splits(splits: Mapping[str, datasets.Dataset], data: DataArguments) -> datasets.DatasetDict:

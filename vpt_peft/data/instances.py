@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from .arguments import DataArguments
 from .coco import find_coco_files, read_coco
-from .detection import complete_splits, match_classes
+from .detection import check_any, complete_splits, match_classes
 from .images import DataError, read_bytes
 from .objects import image_size
 from .sources import read_source
@@ -76,7 +76,17 @@ def read_instances(
         prepared = {
             name: _with_ids(split, image_column, column, name, names, id2label) for name, split in splits.items()
         }
-    return complete_splits(prepared, data)
+    complete = complete_splits(prepared, data)
+    for name, split in complete.items():
+        check_any(name, len(split), _objects_of(split))
+    return complete
+
+
+def _objects_of(split: datasets.Dataset) -> Iterator[bool]:
+    """Whether there is an object, one by one; masks are decoded only as far as the first."""
+    if "instances" in split.column_names:
+        return (bool(np.asarray(row["instances"]).any()) for row in split.select_columns(["instances"]))
+    return (not crowd for objects in split["objects"] for crowd in objects["iscrowd"])
 
 
 class _NoType:
@@ -102,8 +112,16 @@ def _decode(segmentation: Any, height: int, width: int) -> np.ndarray:
     """Return the mask of a COCO segmentation: polygons, or run lengths as numbers or text."""
     from faster_coco_eval.core import mask as coco_mask
 
+    if isinstance(segmentation, dict):
+        if list(segmentation["size"]) != [height, width]:
+            raise ValueError(f"its run lengths are of size {segmentation['size']}, the image is {[height, width]}")
+    elif any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
+        raise ValueError("a polygon needs at least three points, each x and y")
     runs = coco_mask.frPyObjects(segmentation, height, width) if not _is_packed(segmentation) else segmentation
-    return np.asarray(coco_mask.decode(coco_mask.merge(runs) if isinstance(runs, list) else runs), bool)
+    mask = np.asarray(coco_mask.decode(coco_mask.merge(runs) if isinstance(runs, list) else runs), bool)
+    if not mask.any():
+        raise ValueError("it covers no pixel of the image")
+    return mask
 
 
 def _is_packed(segmentation: Any) -> bool:
@@ -139,12 +157,15 @@ def _with_ids(
 
 def _with_polygons(split: datasets.Dataset, name: str, id2label: Mapping | None) -> datasets.Dataset:
     rows = split.with_format(None)["objects"][:]
-    for row, objects in enumerate(rows):
+    images = as_checked_images(split.with_format(None).select_columns(["image"]), "image")
+    raw = images.cast_column("image", datasets.Image(decode=False))
+    for row, (objects, example) in enumerate(zip(rows, raw, strict=True)):
         if "" in objects["segmentation"]:
             raise DataError(
                 f"row {row} of split {name!r}: object {objects['segmentation'].index('')} has no segmentation; export the "
                 "masks too, or train object-detection on the boxes."
             )
+        _check_segmentations(objects, example["image"], f"row {row} of split {name!r} ({example['image']['path']})")
     names = dict(enumerate(split.features["objects"]["category"].feature.names))
     numbers, feature = match_classes(names, {c for objects in rows for c in objects["category"]}, id2label)
     kept = ("iscrowd", "segmentation")
@@ -161,10 +182,26 @@ def _with_polygons(split: datasets.Dataset, name: str, id2label: Mapping | None)
             }
         }
     )
-    images = as_checked_images(split.with_format(None).select_columns(["image"]), "image")
     return datasets.concatenate_datasets(
         [images, datasets.Dataset.from_dict({"objects": columns}, features=features)], axis=1
     )
+
+
+def _check_segmentations(objects: Mapping[str, Any], image: Any, sample: str) -> None:
+    """Decode every mask of an image, so that a wrong one does not end the training."""
+    try:
+        width, height = image_size(image)
+    except Exception as error:
+        raise DataError(f"{sample}: the image cannot be read ({type(error).__name__}: {error}).") from error
+    for number, segmentation in enumerate(objects["segmentation"]):
+        try:
+            _decode(json.loads(segmentation), height, width)
+        except KeyError as error:
+            raise DataError(f"{sample}: the segmentation of object {number} lacks {error}.") from error
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise DataError(
+                f"{sample}: the segmentation of object {number} cannot be used ({error}); correct or remove it."
+            ) from error
 
 
 def _mode(image: Any) -> str:

@@ -29,6 +29,17 @@ def vision_config(config: Any) -> Any:
     return config
 
 
+def check_image_size(config: Any, size: tuple[int, int]) -> None:
+    """Check that images of a size (height, width) hold at least one patch of a plain ViT.
+
+    Raises:
+        ValueError: they do not.
+    """
+    patch = vision_config(config).patch_size
+    if min(size) < patch:
+        raise ValueError(f"image_size={list(size)}: a patch has {patch}x{patch} pixels; give at least that.")
+
+
 def build_backbone(config: Any) -> PreTrainedModel:
     """Return an encoder of `vision_config` with fresh weights, without a pooling layer, which dense heads do not read."""
     return AutoModel.from_config(config, **_without_pooler(config))

@@ -24,6 +24,7 @@ from ..data.objects import object_classes
 from ..dense import need_dense
 from ..dense.boxes import centres, corners
 from ..dense.detector import ViTFCOSForObjectDetection
+from ..dense.plain_vit import check_image_size
 from ..dense.yolos import FrozenYolosForObjectDetection
 from ..plots.overlay import draw_findings
 from .average_precision import METRICS, AveragePrecision
@@ -186,6 +187,8 @@ class ObjectDetection:
                 FrozenYolosForObjectDetection if config.model_type == "yolos" else AutoModelForObjectDetection
             )
             return load_pretrained(loader, path, config, id2label, source)[0]
+        if image_processor is not None:
+            check_image_size(config, canvas_size(image_processor))
         with quiet_loading():
             return ViTFCOSForObjectDetection.from_backbone(path, id2label, source)
 

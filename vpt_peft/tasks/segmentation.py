@@ -21,6 +21,7 @@ from ..data.segmentation import read_segmentation
 from ..data.windows import SegmentationTransform, Tiled, tiles
 from ..dense.build import SEGMENTATION_DECODERS, build_segmenter
 from ..dense.mask_classifier import EomtForSemanticSegmentation  # noqa: F401 - registers itself
+from ..dense.plain_vit import check_image_size
 from ..dense.segmenter import enlarge
 from ..plots.segments import draw_classes
 from .instance import run_lengths
@@ -77,7 +78,7 @@ class SemanticSegmentation:
             path: Hub id or folder.
             id2label: the classes.
             source: `revision`, `token` and `cache_dir`.
-            image_processor: not used, as images may have any size.
+            image_processor: of the run; its size must hold a patch.
             decoder: the head of an encoder: "linear", "linear_4" (over four blocks), "setr_pup", "upernet" or "dpt";
                 default: "linear".
 
@@ -87,8 +88,11 @@ class SemanticSegmentation:
         """
         config = AutoConfig.from_pretrained(path, **source)
         if type(config) not in AutoModelForSemanticSegmentation._model_mapping or decoder is not None:
+            decoder = decoder or "linear"
+            if image_processor is not None and decoder != "upernet":
+                check_image_size(config, canvas_size(image_processor))
             with quiet_loading():
-                return build_segmenter(path, config, id2label, decoder or "linear", IGNORED, source)
+                return build_segmenter(path, config, id2label, decoder, IGNORED, source)
         config.semantic_loss_ignore_index = IGNORED
         return load_pretrained(AutoModelForSemanticSegmentation, path, config, id2label, source)[0]
 
