@@ -8,6 +8,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -20,6 +22,9 @@ from accelerate.state import AcceleratorState
 from vpt_peft.training.arguments import parse_args
 from vpt_peft.training.train import train
 from vpt_peft.training.trainer import VPTTrainer
+
+
+HERE = Path(__file__).parent
 
 
 def watch_steps() -> dict[str, Any]:
@@ -51,6 +56,18 @@ def main(cases: str, found_at: str) -> None:
         AcceleratorState._reset_state()
         if dist.get_rank() == 0:
             Path(found_at).write_text(json.dumps(found))
+
+
+def launch(cases: dict[str, Any], folder: Path, seconds: int = 500) -> dict[str, Any]:
+    """Train `cases` in two processes; what process 0 found by case."""
+    (folder / "cases.json").write_text(json.dumps(cases))
+    paths = [str(HERE.parent), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    worker = [__file__, str(folder / "cases.json"), str(folder / "found.json")]
+    done = subprocess.run([*torchrun, *worker], capture_output=True, text=True, env=environment, timeout=seconds)
+    assert (folder / "found.json").is_file(), done.stderr[-4000:]
+    return json.loads((folder / "found.json").read_text())
 
 
 if __name__ == "__main__":

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft_fixtures import ROOT
 from safetensors.torch import load_file
 from training_fixtures import short_run
+from training_workers import launch
 
 from vpt_peft.training.arguments import parse_args
 from vpt_peft.training.train import train
@@ -31,18 +27,6 @@ CASES: dict[str, dict[str, Any]] = {
     "gated": {"method": "gated_vpt", "max_train_samples": 70},
     "linear": {"method": "linear", "max_train_samples": 90},
 }
-
-
-def launch(cases: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Train `cases` in two processes; what process 0 found by case."""
-    (folder / "cases.json").write_text(json.dumps(cases))
-    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    worker = [str(ROOT / "tests" / "training_workers.py"), str(folder / "cases.json"), str(folder / "found.json")]
-    done = subprocess.run([*torchrun, *worker], capture_output=True, text=True, env=environment, timeout=500)
-    assert (folder / "found.json").is_file(), done.stderr[-4000:]
-    return json.loads((folder / "found.json").read_text())
 
 
 def flags(case: str, backbone: str, folder: Path, processes: int) -> dict[str, Any]:

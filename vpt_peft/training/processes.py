@@ -72,6 +72,17 @@ def mean_over_processes(accelerator: Accelerator, value: torch.Tensor) -> torch.
     return value if accelerator.num_processes == 1 else accelerator.reduce(value.clone(), "mean")  # type: ignore[return-value]
 
 
+def pad_over_processes(accelerator: Accelerator, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Return tensors that have the same shape in every process: filled up with -1, those of no sign with 0."""
+    padded = []
+    for tensor in tensors:
+        fill = 0 if tensor.dtype == torch.uint8 else -1
+        for dim in range(1, tensor.ndim):
+            tensor = accelerator.pad_across_processes(tensor, dim=dim, pad_index=fill)  # type: ignore[assignment]
+        padded.append(tensor)
+    return tuple(padded)
+
+
 def are_finite(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether all values are finite numbers, in every process; every process has to ask."""
     # A sharded tensor is looked at where it is

@@ -105,10 +105,12 @@ def train(arguments: Arguments, with_test: bool = True) -> dict[str, float]:
             trainer.add_callback(EarlyStoppingCallback(method.early_stopping_patience))
         expected = 0.0
         probe = layer_to_fit(method, split_point, inputs["train"])
-        if trainer.is_world_process_zero() and probe is None:
+        if probe is None:
+            # In every process: the losses of some models wait for one another's numbers of masks
             cost = measure_step(trainer)
             expected = expected_bytes(trainer, counts, cost)
-            logger.info(describe_run(trainer, counts, cost))
+            if trainer.is_world_process_zero():
+                logger.info(describe_run(trainer, counts, cost))
 
         # Training
         set_seed(training.seed)

@@ -25,7 +25,15 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from .arguments import MethodArguments, VPTTrainingArguments
 from .checkpoints import BASELINE_CONFIG, load_trained, save_trained
 from .optim import make_optimizer
-from .processes import are_finite, count_own, count_rows, first_rows, mean_over_processes, share_step
+from .processes import (
+    are_finite,
+    count_own,
+    count_rows,
+    first_rows,
+    mean_over_processes,
+    pad_over_processes,
+    share_step,
+)
 
 
 class TrainingDiverged(RuntimeError):
@@ -141,6 +149,7 @@ class VPTTrainer(Trainer):
     def __init__(self, *, method: MethodArguments, metrics: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.method = method
+        self._measurable: Any = self.preprocess_logits_for_metrics
         # Weights of our own, as not every model's loss heeds a number of items
         self.model_accepts_loss_kwargs = False
         self._weights: Iterator[float] = iter(())
@@ -209,6 +218,11 @@ class VPTTrainer(Trainer):
     ) -> tuple[torch.Tensor | None, Any, Any]:
         """One batch of an evaluation; images that only fill up the last one do not count."""
         loss, predictions, targets = super().prediction_step(model, inputs, *args, **kwargs)
+        if self.accelerator.num_processes > 1 and predictions is not None and not torch.is_tensor(targets):
+            # Lists of boxes and masks differ between processes; only what is measured of them can be gathered
+            self.preprocess_logits_for_metrics = None
+            predictions = pad_over_processes(self.accelerator, self._measurable(predictions, targets))
+            targets = torch.zeros(count_rows(inputs), device=self.args.device)
         own = count_own(self.accelerator, inputs)
         if loss is not None and own < count_rows(inputs):
             with torch.no_grad(), self.compute_loss_context_manager():
