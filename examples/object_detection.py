@@ -11,7 +11,7 @@ from peft import get_peft_model
 from transformers import AutoImageProcessor, Trainer, set_seed
 
 from vpt_peft import VPTConfig, training_recipe
-from vpt_peft.data.arguments import DataArguments
+from vpt_peft.data import DataArguments
 from vpt_peft.tasks import get_task
 
 

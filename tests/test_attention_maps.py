@@ -339,3 +339,19 @@ def test_maps_of_a_torch_call_have_its_scale(scale: float | None):
         nn.functional.scaled_dot_product_attention(query, key, value, scale=scale)
     expected = (query @ key.mT * (8**-0.5 if scale is None else scale)).softmax(-1)
     assert (recorded[0].maps - expected).abs().max() < 1e-12
+
+
+def test_images_of_another_size():
+    model = get_peft_model(tiny_vit(), VPTConfig(num_virtual_tokens=PROMPTS)).eval()
+    model.base_model.model.set_attn_implementation("eager")
+    size = model.config.image_size
+    larger = torch.rand(1, 3, 2 * size, size, dtype=torch.float64)
+    found = vpt_peft.attention_maps(model, larger)[0]
+    patches = 2 * (TOKENS - 1)
+    assert (
+        found.maps.shape[-2:] == (1 + patches, 1 + PROMPTS + patches) and found.columns[-1] == f"patch_{patches - 1}"
+    )
+    with torch.no_grad():
+        expected = model(pixel_values=larger, interpolate_pos_encoding=True, output_attentions=True).attentions[0]
+    patches_alone = found.maps[..., [0, *range(1 + PROMPTS, 1 + PROMPTS + patches)]]
+    assert torch.allclose(patches_alone, expected, atol=CLOSE)

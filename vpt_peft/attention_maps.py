@@ -42,7 +42,7 @@ def attention_maps(
     with in_eval(model), torch.no_grad(), recording_maps(recorded):
         names = parameters.active_names() if adapter_name is None else [adapter_name]
         with parameters.call(names):
-            parameters.encoder(pixel_values)
+            parameters.encode(pixel_values)
     prefix = _prefix_names(parameters.encoder, parameters.spec)
     return [AttentionMap(found.maps, [*prefix, *found.columns[len(prefix) :]]) for found in recorded]
 

@@ -121,7 +121,7 @@ def _tokens_entering(
     try:
         model.eval()
         with torch.no_grad(), owner.call([name]):
-            owner.encoder(pixel_values)
+            owner.encode(pixel_values)
     finally:
         model.train(was_training)
         for handle in handles:

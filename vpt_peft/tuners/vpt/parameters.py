@@ -72,6 +72,11 @@ class VPTParameters(nn.Module, PromptTunerLayer):
         self._unpacked: tuple[nn.Module, ...] = ()
         self.checkpointed: tuple[nn.Module, ...] = ()
 
+    def encode(self, pixel_values: torch.Tensor) -> None:
+        """Run the encoder, with its positions interpolated to images of another size than its own."""
+        other_size = tuple(pixel_values.shape[-2:]) != self.spec.image_size
+        self.encoder(pixel_values, **({"interpolate_pos_encoding": True} if self.interpolates and other_size else {}))
+
     @property
     def merged_adapters(self) -> list[str]:  # type: ignore[override]
         """Adapters with merged keys and values in some block."""
