@@ -111,8 +111,9 @@ def environment(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture
 def workplace(tmp_path) -> Path:
-    """A folder with what the pages speak of: `flowers/` with two classes, `streets/`, `cells/` and `photos/`."""
+    """A folder with what the pages speak of: `flowers/` with two classes, and `photos/`, `streets/`, `cells/`."""
     import numpy as np
+    import torch
     from PIL import Image
     from segmentation_data import write_coco, write_folders
 
@@ -130,6 +131,9 @@ def workplace(tmp_path) -> Path:
                 draw(tmp_path / "flowers" / split / name / f"{index:03}.png", hue)
     for index in range(3):
         draw(tmp_path / "photos" / f"{index}.png", index % 2)
+    # As the official code saves prompts: ten for each of twelve blocks
+    arrays = {"shallow_prompt": (1, 10, 24), "deep_prompt": (11, 10, 24)}
+    torch.save({name: rng.random(shape, np.float32) for name, shape in arrays.items()}, tmp_path / "prompt_ep100.pth")
     write_folders(tmp_path / "streets", {"train": 4, "validation": 2}, height=48, width=64)
     write_coco(tmp_path / "cells", {"train": 4, "valid": 2}, height=48, width=64)
     return tmp_path
