@@ -94,3 +94,10 @@ def test_every_extra_of_the_doctor_exists():
     config = ConfigParser()
     config.read(Path(__file__).parents[1] / "setup.cfg")
     assert set(EXTRAS.values()) <= set(config["options.extras_require"])
+
+
+def test_editable_installs_are_by_path():
+    """With `package_dir` written out setuptools writes a .pth file, which finds the package beside a clone of its name."""
+    config = ConfigParser()
+    config.read(Path(__file__).parents[1] / "setup.cfg")
+    assert config["options"]["package_dir"].split() == ["=", "."]

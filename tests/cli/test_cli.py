@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -147,6 +148,11 @@ def test_every_command_has_help(capsys, command):
         code = done.code
     assert code == 0
     assert command in capsys.readouterr().out
+
+
+def test_libraries_that_print_by_themselves_are_heard_once():
+    assert main(["cost", "--batch_size", "0"]) == 2
+    assert not any(logging.getLogger(name).propagate for name in ("datasets", "huggingface_hub", "torchmetrics"))
 
 
 def test_what_a_run_prints_into_files(flags, tmp_path):
