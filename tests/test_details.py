@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from vpt_peft import VPTConfig, initialize_prompts
+from vpt_peft.attention.extras import scale_queries
 from vpt_peft.encoder import EncoderSpec
 from vpt_peft.initialization import Reservoir
 from vpt_peft.official import load_official_state_dict
@@ -245,3 +246,13 @@ def test_a_frame_of_another_size_stays_frozen():
     load_official_state_dict(model, frame)
     prompts = find_parameters(model).vpt_prompts["default"]  # type: ignore[union-attr, index]
     assert prompts["tb"].shape == (3, 4, 28) and not any(p.requires_grad for p in prompts.parameters())
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 5, 8), (4, 5, 8), (6, 1, 5, 8)])
+def test_rows_of_an_image_have_its_temperature(shape: tuple[int, ...]):
+    """Attention may run over windows, or over heads, as rows of a batch."""
+    query, temperature = torch.randn(shape, requires_grad=True), torch.tensor([2.0, 4.0])
+    expected = query.detach().clone()
+    expected[: shape[0] // 2] /= 2
+    expected[shape[0] // 2 :] /= 4
+    assert torch.equal(scale_queries(query, temperature), expected)

@@ -39,6 +39,16 @@ def test_same_logits_from_the_class_token_alone(fields: dict[str, Any]):
         assert tokens_in_last_block(short) == 17
 
 
+def test_all_tokens_are_made_where_they_are_pooled():
+    found = []
+    for skip in (False, True):
+        config = VPTConfig(num_virtual_tokens=3, pooling="image", skip_unread=skip)
+        model = randomize(get_peft_model(tiny_vit(), config))
+        found.append(logits(model))
+        assert tokens_in_last_block(model) == 17
+    assert torch.equal(*found)
+
+
 def test_gradients_are_the_same():
     found = []
     for skip in (False, True):
