@@ -35,6 +35,17 @@ def test_patches_are_projected_once():
     assert torch.allclose(*outputs, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("given, projected", [({"project_patches": True}, "0"), ({"projection_dim": 8}, "012")])
+def test_prompts_that_are_projected(given: dict, projected: str):
+    """Patches pass the projection at the first block alone, and so do the prompts beside them."""
+    model = randomize(get_peft_model(tiny_vit(), VPTConfig(num_virtual_tokens=3, **given))).eval()
+    adapter = find_parameters(model).adapter("default")  # type: ignore[union-attr]
+    for key in "012":
+        own = adapter.own_prompts(key)
+        expected = adapter.parts["projection"](own) if key in projected else own
+        assert torch.equal(adapter.prompts(key, 1)[0], expected)
+
+
 @pytest.mark.parametrize("first, second", [(2, 3), (3, 2)])
 def test_two_shallow_adapters_beside_windows(first: int, second: int):
     """They are one adapter with the prompts of both."""
