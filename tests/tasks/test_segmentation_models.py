@@ -129,6 +129,17 @@ def test_other_methods_train_the_whole_head(folders, method):
         assert not any("backbone" in name for name in trained)
 
 
+@pytest.mark.parametrize("method", ["vpt", "linear", "lora"])
+def test_queries_of_eomt_train_with_the_head(folders, method):
+    base = TASK.load_model(folders("eomt"), NAMES, {})
+    start = base.query.weight.detach().clone()
+    model = apply_method(base, method, MethodOptions())
+    labels = torch.randint(0, 3, (1, 64, 64))
+    model.train()(pixel_values=torch.randn(1, 3, 64, 64), labels=labels).loss.backward()
+    torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=1.0).step()
+    assert ((base.query.weight - start).abs().sum(-1) > 0).all()
+
+
 def test_eomt_says_what_its_queries_say(folders):
     torch.manual_seed(2)
     model = EomtForSemanticSegmentation.from_pretrained(folders("eomt")).eval()

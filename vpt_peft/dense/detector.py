@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 
 from .boxes import corners, suppress
 from .fcos import FCOSHead, Locations, SimpleFeaturePyramid, detection_loss, relative
-from .plain_vit import build_backbone, load_backbone, patch_map, vision_config
+from .plain_vit import OnPlainViT, build_backbone, load_backbone, patch_map, vision_config
 
 
 # Share of locations that a fresh head takes for an object of a class (focal loss)
@@ -86,7 +86,7 @@ class DetectionOutput(ModelOutput):
     pred_boxes: torch.Tensor | None = None
 
 
-class ViTFCOSForObjectDetection(PreTrainedModel):
+class ViTFCOSForObjectDetection(OnPlainViT, PreTrainedModel):
     """A plain ViT with a dense detection head. Images may have any size; those of one batch have the same.
 
     Args:

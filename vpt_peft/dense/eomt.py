@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import EomtConfig, EomtForUniversalSegmentation
 
-from .plain_vit import load_backbone
+from .plain_vit import OnPlainViT, load_backbone
 
 
 logger = logging.getLogger(__name__)
@@ -29,13 +29,17 @@ _OWN = re.compile(
 )
 
 
+class ViTEomtForUniversalSegmentation(OnPlainViT, EomtForUniversalSegmentation):
+    """EoMT that was made of a plain ViT, and whose adapters name that ViT as their base."""
+
+
 def eomt_from_backbone(
     name_or_path: str,
     id2label: Mapping[int, str],
     image_size: int,
     source: Mapping[str, Any] | None = None,
     **fields: Any,
-) -> EomtForUniversalSegmentation:
+) -> ViTEomtForUniversalSegmentation:
     """Return an EoMT with the weights of a plain ViT, as far as names and shapes fit, and a fresh head.
 
     Position embeddings are interpolated to the size of the image. What was copied and what was drawn is logged.
@@ -73,7 +77,7 @@ def eomt_from_backbone(
         "id2label": dict(id2label),
         "label2id": {name: number for number, name in id2label.items()},
     }
-    model = EomtForUniversalSegmentation(EomtConfig(**{**values, **fields}))
+    model = ViTEomtForUniversalSegmentation(EomtConfig(**{**values, **fields}))
     theirs, copied = dict(backbone.state_dict()), {}
     _split_positions(theirs, image_size // config.patch_size)
     for name, value in model.state_dict().items():

@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedModel, ViTConfig
 
 
+_HUB = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
+
+
 def vision_config(config: Any) -> Any:
     """Return the configuration of the vision encoder alone; MAE's encoder is read as a ViT, which masks nothing.
 
@@ -27,6 +30,29 @@ def vision_config(config: Any) -> Any:
             "DeiT, DINOv2, MAE or CLIP, or a model with a dense head of its own."
         )
     return config
+
+
+class OnPlainViT:
+    """Loads only its own checkpoints: from a plain ViT's, transformers would make a model with random weights."""
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint; see `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: it is of another kind of model.
+        """
+        wanted, config = cls.config_class.model_type, kwargs.get("config")  # type: ignore[attr-defined]
+        if name_or_path is not None and config is None:
+            source = {name: kwargs[name] for name in _HUB if name in kwargs}
+            config = AutoConfig.from_pretrained(name_or_path, **source)
+        if config is not None and config.model_type != wanted:
+            raise ValueError(
+                f"{str(name_or_path)!r} is of model_type={config.model_type!r}, from which {cls.__name__} cannot be loaded. "
+                "An adapter that was trained on it, with its head, is loaded by "
+                "vpt_peft.training.inference.load_adapter_model(folder)."
+            )
+        return super().from_pretrained(name_or_path, *args, **kwargs)  # type: ignore[misc]
 
 
 def check_image_size(config: Any, size: tuple[int, int]) -> None:

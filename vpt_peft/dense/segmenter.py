@@ -14,7 +14,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from .decoders import DPTDecoder, LinearDecoder, PixelClassifier, SetrPupDecoder
-from .plain_vit import build_backbone, load_backbone, patch_maps, vision_config
+from .plain_vit import OnPlainViT, build_backbone, load_backbone, patch_maps, vision_config
 
 
 DECODERS = ("linear", "setr_pup", "dpt")
@@ -72,7 +72,7 @@ class ViTSegmenterConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
 
-class ViTForSemanticSegmentation(PreTrainedModel):
+class ViTForSemanticSegmentation(OnPlainViT, PreTrainedModel):
     """A plain ViT with a head for semantic segmentation. Images may have any size; those of one batch have the same.
 
     Args:

@@ -172,6 +172,12 @@ def _is_pretrained_class(module: nn.Module) -> bool:
     return type(module).__module__.startswith("transformers.")
 
 
+def _extends_task_model(module: nn.Module) -> bool:
+    """Whether a class is made of a model for a task, as transformers has it: what is no encoder in it is a head too."""
+    bases = type(module).__mro__
+    return any(re.search(r"For[A-Z]", base.__name__) and base.__module__.startswith("transformers.") for base in bases)
+
+
 def _has_pretrained(module: nn.Module) -> bool:
     return any(isinstance(child, PreTrainedModel) for child in module.modules())
 
@@ -216,7 +222,7 @@ def _inside(encoder: nn.Module, spec: EncoderSpec | None) -> tuple[list[str], li
         holder = next(
             (n for n, _ in children if all(_is_at(block.path, f"{prefix}{n}") for block in spec.blocks)), None
         )
-        if _is_pretrained_class(module):
+        if _is_pretrained_class(module) or (module is encoder and _extends_task_model(module)):
             heads += _join(prefix, outside if module is encoder else [])
         else:
             behind = _behind(children, holder)
