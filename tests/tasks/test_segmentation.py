@@ -126,8 +126,8 @@ def test_run_lengths():
 
 
 def test_colours_tell_classes_apart():
-    colours = np.array([class_colour(number) for number in range(28)], dtype=float)
-    apart = np.abs(colours[:, None] - colours[None]).sum(-1) + 1000 * np.eye(28)
+    colours = np.array([class_colour(number) for number in range(35)], dtype=float)
+    apart = np.abs(colours[:, None] - colours[None]).sum(-1) + 1000 * np.eye(35)
     assert apart.min() > 25 and class_colour(7) != class_colour(0)
 
 

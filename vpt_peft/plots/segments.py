@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .overlay import PALETTE
+from .overlay import class_colour, ink
 
 
 _SMALLEST_SIDE = 480
 _OPACITY = 0.55
 # Of the picture: parts below this share of it get no name
 _NAMED = 0.002
-# What later rounds through the palette do to its lightness
-_LIGHTNESS = (1.0, 0.4, 1.4, 0.65, 1.2)
-
-
-def class_colour(number: int) -> tuple[int, int, int]:
-    """Return the colour of a class, alike in every image: the palette's, then darker and lighter ones of it."""
-    red, green, blue = (int(PALETTE[number % len(PALETTE)][at : at + 2], 16) / 255 for at in (1, 3, 5))
-    hue, lightness, saturation = colorsys.rgb_to_hls(red, green, blue)
-    lightness = min(0.92, lightness * _LIGHTNESS[number // len(PALETTE) % len(_LIGHTNESS)])
-    shade = colorsys.hls_to_rgb(hue, lightness, saturation)
-    return round(255 * shade[0]), round(255 * shade[1]), round(255 * shade[2])
 
 
 def draw_classes(image: Image.Image, classes: np.ndarray, names: Mapping[int, str]) -> Image.Image:
@@ -84,6 +72,4 @@ def _write_names(scene: Image.Image, numbers: np.ndarray, names: Mapping[int, st
         taken.append((x, y, x + width, y + height))
         colour = class_colour(number)
         draw.rectangle((x, y, x + width, y + height), fill=colour, outline=(255, 255, 255))
-        # By the contrast with the colour, weighted as the eye sees it
-        ink = "black" if np.dot(colour, (0.299, 0.587, 0.114)) > 110 else "white"
-        draw.text((x + 4 - left, y + 3 - top), names[number], fill=ink, font=font)
+        draw.text((x + 4 - left, y + 3 - top), names[number], fill=ink(colour), font=font)

@@ -26,7 +26,7 @@ from ..dense.boxes import centres, corners
 from ..dense.detector import ViTFCOSForObjectDetection
 from ..dense.plain_vit import check_image_size
 from ..dense.yolos import FrozenYolosForObjectDetection
-from ..plots.overlay import draw_findings
+from ..plots.overlay import captions, draw_findings
 from .average_precision import METRICS, AveragePrecision
 from .loading import load_pretrained, quiet_loading
 
@@ -316,7 +316,7 @@ class ObjectDetection:
             image,
             [[found[side] for side in _SIDES] for found in findings],
             [numbers[found["label"]] for found in findings],
-            [f"{found['label']} {found['score']:.2f}" for found in findings],
+            captions(findings, names),
         )
 
 

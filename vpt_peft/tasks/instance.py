@@ -24,7 +24,7 @@ from ..data.images import to_rgb
 from ..data.instances import instance_masks, read_instances
 from ..dense import need_dense
 from ..dense.eomt import eomt_from_backbone
-from ..plots.overlay import draw_findings
+from ..plots.overlay import captions, draw_findings
 from .average_precision import METRICS, AveragePrecision
 from .loading import load_pretrained, quiet_loading
 
@@ -340,7 +340,7 @@ class InstanceSegmentation:
             image,
             [[found[side] for side in _SIDES] for found in findings],
             [numbers[found["label"]] for found in findings],
-            [f"{found['label']} {found['score']:.2f}" for found in findings],
+            captions(findings, names),
             np.stack(masks) if masks else None,
         )
 
