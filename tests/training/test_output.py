@@ -1,11 +1,18 @@
 """The output folder under stress: two runs at once, a full disk, an overwrite that cannot begin."""
 
+import errno
+import json
 import os
 import resource
+import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from peft_fixtures import ROOT
 from safetensors.torch import load_file, save_file
 
 from vpt_peft.files import write_whole
@@ -102,3 +109,30 @@ def test_text_is_written_whole_or_not_at_all(tmp_path, file_limit):
     with pytest.raises(OSError):
         write_whole(path, "x" * 1000)
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["table.csv"]
+
+
+def test_a_lock_that_cannot_be_removed_does_not_hide_the_error(make_arguments, monkeypatch, tmp_path):
+    def refuse(self, *args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system", str(self))
+
+    with pytest.raises(OSError, match="cannot be written to.*No checkpoint is complete"):
+        with claim_output_dir(make_arguments().training, {}) as folder, full_disk_explained(folder):
+            monkeypatch.setattr(Path, "unlink", refuse)
+            raise OSError(errno.EROFS, "Read-only file system")
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs a file system of its own")
+def test_disks_that_are_full_at_any_write(tmp_path):
+    """Real ones, of a few sizes; all of them are a campaign of benchmarks.full_disk."""
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    command = ["unshare", "-rm", sys.executable, "-m", "benchmarks.full_disk", "--methods", "vpt"]
+    found = tmp_path / "found.json"
+    done = subprocess.run(
+        [*command, "--every", "20", "--output", str(found)],
+        capture_output=True, text=True, timeout=400, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    outcomes = json.loads(found.read_text())
+    assert outcomes["vpt: full disk"]["refused"] >= 2 and outcomes["vpt: read-only"]["refused"] >= 3
+    assert not any(each["wrong"] for each in outcomes.values())

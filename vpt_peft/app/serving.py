@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from PIL import Image
-from transformers import AutoImageProcessor
+
+# From where it is: without torchvision, transformers 5.9 exports a stand-in
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..plots import draw_attention, draw_gates, gate_openings
 from ..tasks import Task, get_task

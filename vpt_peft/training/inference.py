@@ -11,7 +11,10 @@ import torch
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoConfig
+
+# From where it is: without torchvision, transformers 5.9 exports a stand-in
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..data.transforms import check_processor
 from ..embedded import EMBEDDED_FOLDERS

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    AutoImageProcessor,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
+
+# From where it is: without torchvision, transformers 5.9 exports a stand-in
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..data.transforms import check_processor
 from ..embedded import EMBEDDED_FOLDERS, embedded_path

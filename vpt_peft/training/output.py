@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,13 @@ from .resume import checkpoints_of, damage, find_resume_point, last_checkpoint
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # Of safetensors, then of torch.save
-_WRITE_SIGNS = ("Error while serializing", "PytorchStreamWriter", "file write failed", "unexpected pos")
+_WRITE_SIGNS = (
+    "Error while serializing",
+    "PytorchStreamWriter",
+    "file write failed",
+    "unexpected pos",
+    "iostream error",
+)
 # By name, as torch may be built without them
 _PROCESS_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError")
 _LOCK = ".lock"
@@ -118,7 +124,9 @@ def claim_output_dir(
             write_json(folder / RUN_RECORD, record)
         yield folder
     finally:
-        (folder / _LOCK).unlink(missing_ok=True)
+        # What could not be written has the word, not the lock that stays behind
+        with suppress(OSError):
+            (folder / _LOCK).unlink()
         lock.release()
 
 
