@@ -90,35 +90,33 @@ def comparisons(name: str, output_dir: Path, shared: Path, seeds: Sequence[int],
     return [head, make([method for method in RATES if method != "linear"], head_learning_rate=chosen["learning_rate"])]
 
 
-def table(results: pandas.DataFrame, name: str) -> str:
-    """Return the tested runs of a data set as markdown: means over the seeds, and the share of the way to full.
+def table(results: pandas.DataFrame, name: str, stage: str) -> str:
+    """Return the runs of a data set that ended as markdown: means over the seeds, and the share of the way to full.
 
     Args:
         results: of `read_results`.
         name: key of `DATA`.
+        stage: "test", or "search" for the best trial of each method on the validation split.
     """
     task = get_task(DATA[name]["task"])
     ended = results[results["error"] == ""]
-    tested, searched = ended[ended["stage"] == "test"], ended[ended["stage"] == "search"]
-    if tested.empty:
+    searched = ended[ended["stage"] == "search"].sort_values(f"eval_{task.best_metric}").groupby("row").tail(1)
+    shown, split = (searched, "eval") if stage == "search" else (ended[ended["stage"] == "test"], "test")
+    if shown.empty:
         return ""
-    best = f"test_{task.best_metric}"
-    means = tested.groupby("row")[best].mean()
+    means = shown.groupby("row")[f"{split}_{task.best_metric}"].mean()
     lines = []
     for row in (row for row in RATES if row in means):
-        found = tested[tested["row"] == row]
-        line = {
-            "": _TITLES[row],
-            "beside the head": f"{found['parameters'].iloc[0] - found['head_parameters'].iloc[0]:,}",
-        }
+        found, chosen = shown[shown["row"] == row], searched[searched["row"] == row]
+        beside = found["parameters"].iloc[0] - found["head_parameters"].iloc[0]
+        line = {"": _TITLES[row], "beside the head": f"{beside:,}"}
         for metric in task.metrics:
-            values = metric.scale * found[f"test_{metric.name}"]
+            values = metric.scale * found[f"{split}_{metric.name}"]
             line[metric.label] = f"{values.mean():.2f}" + (f" ± {values.std():.2f}" if len(values) > 1 else "")
         if {"linear", "full"} <= set(means.index):
             way = (means[row] - means["linear"]) / (means["full"] - means["linear"])
             line["of the way"] = f"{way:.0%}"
-        rates = searched[searched["row"] == row].sort_values(f"eval_{task.best_metric}")
-        line["rate"] = f"{rates['settings'].iloc[-1]['learning_rate']:g}"
+        line["rate"] = f"{chosen['settings'].iloc[0]['learning_rate']:g}"
         line["seeds"] = str(len(found))
         lines.append(line)
     return pandas.DataFrame(lines).fillna("-").to_markdown(index=False, disable_numparse=True)
@@ -141,7 +139,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             head.test()
             others.test()
         try:
-            print(f"\n{name}\n\n{table(read_results(output_dir / name), name)}", flush=True)
+            results = read_results(output_dir / name)
+            for stage, title in (("search", "best of the search, validation"), ("test", "test")):
+                print(f"\n{name}, {title}\n\n{table(results, name, stage) or 'nothing yet'}", flush=True)
         except FileNotFoundError:
             logger.info("%s: nothing has ended.", name)
 
