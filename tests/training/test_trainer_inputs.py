@@ -20,6 +20,7 @@ from vpt_peft.embedded import embedded_path
 from vpt_peft.methods import MethodOptions
 from vpt_peft.methods.apply import apply_method
 from vpt_peft.tasks.classification import TASK
+from vpt_peft.training.arguments import VPTTrainingArguments
 from vpt_peft.training.model import load_image_processor
 from vpt_peft.training.optim import split_trainable
 from vpt_peft.training.train import train
@@ -165,6 +166,17 @@ def test_what_is_refused_changes_nothing(splits, vit, tmp_path, given, error, me
     with pytest.raises(error, match=message):
         training_recipe(model, rows, output_dir=tmp_path, **given)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_boxes_over_several_processes_are_refused(splits, vit, tmp_path, monkeypatch):
+    monkeypatch.setattr(VPTTrainingArguments, "world_size", property(lambda self: 2))
+    model = get_peft_model(vit(), VPTConfig())
+    boxes = [{"pixel_values": torch.zeros(3, 16, 16), "labels": {"boxes": torch.zeros(0, 4)}}]
+    given = {"output_dir": str(tmp_path), "start": False}
+    with pytest.raises(ValueError, match="task='object-detection': Trainer cannot gather the boxes"):
+        training_recipe(model, boxes, boxes, task="object-detection", **given)
+    training_recipe(model, boxes, task="object-detection", **given)
+    training_recipe(model, splits["train"], splits["validation"], **given)
 
 
 def test_importing_the_package_stays_light():

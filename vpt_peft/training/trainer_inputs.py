@@ -73,7 +73,8 @@ def training_recipe(
 
     Raises:
         TypeError: the model is no `PeftModel`, or a flag is unknown.
-        ValueError: several adapters are active or there is no recipe for their method, or a flag has a bad value.
+        ValueError: several adapters are active or there is no recipe for their method, a flag has a bad value, or
+            boxes or masks are to be evaluated in several processes.
     """
     config = _active_config(model)
     known = {item.name for item in fields(VPTTrainingArguments)} | set(_METHOD_FLAGS)
@@ -91,6 +92,8 @@ def training_recipe(
     if eval_dataset is None:
         given = {"eval_strategy": "no", "load_best_model_at_end": False, **given}
     arguments = parse_args(given)
+    if eval_dataset is not None and arguments.training.world_size > 1:
+        _check_gathered(get_task(task), eval_dataset)
     if start:
         start_prompts(get_task(task), model, train_dataset, arguments.method, arguments.training)
         for wrapper in trained_modules(model):
@@ -137,6 +140,20 @@ def start_prompts(
     )
     name = model.active_adapters[0] if isinstance(model, PeftModel) else "default"
     initialize_prompts(model, loader, method=str(method.init_method), adapter_name=name, seed=training.seed)
+
+
+def _check_gathered(task: Task, rows: Any) -> None:
+    """Check that a plain Trainer can gather targets over several processes.
+
+    Raises:
+        ValueError: they are lists, of another shape in each process.
+    """
+    targets = task.collate([rows[0]]).get(task.label_names[0])
+    if targets is not None and not torch.is_tensor(targets):
+        raise ValueError(
+            f"task={task.pipeline_tag!r}: Trainer cannot gather the boxes or masks of several processes, and would wait "
+            "for ever; leave eval_dataset out, or train by `torchrun --nproc_per_node 2 -m vpt_peft train`."
+        )
 
 
 def _sample(rows: Any, seed: int) -> Dataset:
