@@ -27,6 +27,7 @@ PICTURES = {
     "1_quickstart": 3,
     "2_own_images_own_trainer": 2,
     "3_gated_prompts": 4,
+    "4_segmentation_and_detection": 4,
     "5_many_tasks": 1,
     "6_how_it_works": 1,
 }
@@ -51,6 +52,12 @@ def check(path: Path, notebook) -> None:
         assert with_recipe > without + 20
     if number == "3":
         assert float(text.split("gated ")[1].split("%")[0]) > 40
+    if number == "4":
+        with_prompts, alone = (
+            float(text.split(f"{way}: mean IoU ")[1].split()[0]) for way in ("with prompts", "head alone")
+        )
+        assert with_prompts > alone + 0.05
+        assert float(text.split("mAP at IoU 0.50: ")[1].split(";")[0]) > 0.8
     if number == "5":
         assert "20 tasks in" in text and float(text.split("largest difference ")[1].split()[0]) < 1e-4
     if number == "6":
