@@ -69,7 +69,7 @@ def build_segmenter(
             auxiliary_in_channels=backbone.channels[2],
             id2label=names,
             label2id={name: number for number, name in names.items()},
-            semantic_loss_ignore_index=ignore_index,
+            loss_ignore_index=ignore_index,
         )
     )
     model.backbone.load_state_dict(backbone.state_dict())

@@ -86,7 +86,7 @@ class DetectionOutput(ModelOutput):
     pred_boxes: torch.Tensor | None = None
 
 
-class ViTFCOSForObjectDetection(OnPlainViT, PreTrainedModel):
+class ViTFCOSForObjectDetection(OnPlainViT, PreTrainedModel):  # type: ignore[misc]
     """A plain ViT with a dense detection head. Images may have any size; those of one batch have the same.
 
     Args:

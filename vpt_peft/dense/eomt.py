@@ -29,7 +29,7 @@ _OWN = re.compile(
 )
 
 
-class ViTEomtForUniversalSegmentation(OnPlainViT, EomtForUniversalSegmentation):
+class ViTEomtForUniversalSegmentation(OnPlainViT, EomtForUniversalSegmentation):  # type: ignore[misc]
     """EoMT that was made of a plain ViT, and whose adapters name that ViT as their base."""
 
 

@@ -72,7 +72,7 @@ class ViTSegmenterConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
 
-class ViTForSemanticSegmentation(OnPlainViT, PreTrainedModel):
+class ViTForSemanticSegmentation(OnPlainViT, PreTrainedModel):  # type: ignore[misc]
     """A plain ViT with a head for semantic segmentation. Images may have any size; those of one batch have the same.
 
     Args:

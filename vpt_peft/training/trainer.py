@@ -217,6 +217,7 @@ class VPTTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor | None, Any, Any]:
         """One batch of an evaluation; images that only fill up the last one do not count."""
+        predictions: Any
         loss, predictions, targets = super().prediction_step(model, inputs, *args, **kwargs)
         if self.accelerator.num_processes > 1 and predictions is not None and not torch.is_tensor(targets):
             # Lists of boxes and masks differ between processes; only what is measured of them can be gathered
