@@ -167,6 +167,8 @@ def start(argv: Sequence[str], folder: Path, log: Path, prepare: Callable[[], No
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1)
             os.dup2(output, 2)
+            # What is said last then stands last in the file
+            sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
             prepare()
             folders = ["--output_dir", str(folder / "out"), "--feature_cache_dir", str(folder / "features")]
             try:
