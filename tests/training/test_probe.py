@@ -10,10 +10,12 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
+from vpt_peft.tasks import get_task
 from vpt_peft.tasks.classification import TASK
 from vpt_peft.training import probe
 from vpt_peft.training.arguments import parse_args
 from vpt_peft.training.train import train
+from vpt_peft.training.trainer_inputs import start_head
 
 
 pytest_plugins = ["training_fixtures"]
@@ -138,6 +140,60 @@ def test_a_run_gives_what_scikit_learn_does(make_arguments, tmp_path):
 def test_who_sets_the_optimizer_gets_it(given):
     assert parse_args({"method": "linear", **given}).method.solver == "optimizer"
     assert parse_args({"method": "linear", "solver": "lbfgs", **given}).method.solver == "lbfgs"
+
+
+class Reader(nn.Module):
+    """Logits of a linear head on the images themselves; noise shows whether it runs in training mode."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.noise, self.head = nn.Dropout(0.5), nn.Linear(12, classes)
+
+    def forward(self, pixel_values):
+        return self.head(self.noise(pixel_values))
+
+
+def test_a_head_starts_as_the_regression_with_the_least_loss_in_cross_validation():
+    data = blobs(60, 3, 1, spread=3)
+    model = Reader(3).train()
+    features, labels = torch.tensor(data.features, dtype=torch.float32), torch.tensor(labels_of(data))
+    batches = [{"pixel_values": features[part], "labels": labels[part]} for part in torch.arange(60).split(25)]
+    probe.start_as_probe(model, model.head, batches, seed=3)
+    assert model.training
+    centre, scale = data.features.mean(0), np.sqrt(data.features.var(0, ddof=1).mean())
+    scaled, folds = (data.features - centre) / scale, [fold.numpy() for fold in probe._folds(labels, seed=3)]
+
+    def fit(rows, penalty):
+        return LogisticRegression(C=1 / (penalty * len(rows)), max_iter=3000).fit(scaled[rows], labels_of(data)[rows])
+
+    def loss(penalty):
+        held = [(fold, fit(np.setdiff1d(np.arange(60), fold), penalty)) for fold in folds]
+        return -sum(
+            f.predict_log_proba(scaled[rows])[range(len(rows)), labels_of(data)[rows]].sum() for rows, f in held
+        )
+
+    best = min(probe.PENALTIES, key=loss)
+    assert probe.PENALTIES[0] > best > probe.PENALTIES[-1]
+    with torch.no_grad():
+        found = model.head(features).softmax(-1).numpy()
+    np.testing.assert_allclose(found, fit(np.arange(60), best).predict_proba(scaled), atol=5e-3)
+
+
+@pytest.mark.parametrize("method", ["vpt", "bias"])
+def test_a_run_may_start_at_the_probe(make_arguments, tmp_path, method):
+    scores = {}
+    for start in ("zero", "probe"):
+        arguments = make_arguments(
+            method=method, head_init=start, learning_rate=1e-9, max_steps=1, output_dir=str(tmp_path / start)
+        )
+        scores[start] = train(arguments, with_test=False)["eval_accuracy"]
+    assert scores["zero"] < 0.3 < 0.5 < scores["probe"]
+
+
+def test_boxes_and_masks_have_no_probe(make_arguments):
+    arguments = make_arguments(head_init="probe")
+    with pytest.raises(ValueError, match="head_init='probe' is for a linear head .* use 'zero'"):
+        start_head(get_task("object-detection"), Reader(3), [], arguments.method, arguments.training)
 
 
 def test_only_a_linear_head_on_features_is_fitted(make_arguments):

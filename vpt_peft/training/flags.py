@@ -104,6 +104,13 @@ class MethodArguments:
         metadata={"help": "Initial prompts: random, or features of training images; default: random."},
     )
 
+    head_init: Literal["zero", "probe"] | None = field(
+        default=None,
+        metadata={
+            "help": "Initial head where none was trained: zero, or the linear probe of the model as it starts; default: zero."
+        },
+    )
+
     partial_blocks: int | None = field(default=None, metadata={"help": "partial: last blocks that train."})
     mlp_layers: int | None = field(default=None, metadata={"help": "mlp: linear layers of the head."})
     adapter_reduction: int | None = field(

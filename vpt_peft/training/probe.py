@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -94,6 +95,46 @@ def fit_head(
     seconds = time.perf_counter() - start
     logger.info("Fitted the head by L-BFGS in %.1f s; chose the penalty %.2g of %d.", seconds, best, len(PENALTIES))
     return TrainOutput(0, loss, {"train_loss": loss, "train_runtime": seconds})
+
+
+@torch.no_grad()
+def start_as_probe(model: nn.Module, head: nn.Linear, batches: Iterable[Mapping[str, Any]], seed: int) -> None:
+    """Let a linear head start as the logistic regression on what it reads of the model as it is.
+
+    The penalty is the one with the least loss in cross-validation.
+
+    Args:
+        model: runs once on all batches, in evaluation mode.
+        head: changed in place.
+        batches: model inputs with "labels" `(batch,)`.
+        seed: draws the folds.
+    """
+    inputs: list[torch.Tensor] = []
+    handle = head.register_forward_pre_hook(lambda _, args: inputs.append(args[0].double()))
+    training = model.training
+    model.eval()
+    try:
+        labels = []
+        for batch in batches:
+            batch = {name: value.to(head.weight.device) for name, value in batch.items()}
+            labels.append(batch.pop("labels"))
+            model(**batch)
+    finally:
+        handle.remove()
+        model.train(training)
+    features, targets = torch.cat(inputs), torch.cat(labels)
+    scale, centre = features.var(0).mean().sqrt().clamp_min(1e-12), features.mean(0)
+    features = (features - centre) / scale
+    folds = _folds(targets, seed)
+    losses = torch.zeros(len(PENALTIES))
+    for index, held in enumerate(folds):
+        rest = torch.cat(folds[:index] + folds[index + 1 :])
+        for place, solution in enumerate(_regression_path(features[rest], targets[rest], head.out_features)):
+            losses[place] += F.cross_entropy(F.linear(features[held], *solution), targets[held], reduction="sum")
+    best = int(losses.argmin())
+    weight, bias = next(islice(_regression_path(features, targets, head.out_features), best, None))
+    head.weight.copy_(weight / scale)
+    head.bias.copy_(bias - weight @ centre / scale)
 
 
 def _tensors(dataset: CachedFeatures, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

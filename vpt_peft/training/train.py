@@ -29,7 +29,7 @@ from .probe import fit_head, layer_to_fit
 from .report import describe_run, expected_bytes, measure_step
 from .resume import last_checkpoint
 from .trainer import TrainingDiverged, VPTTrainer
-from .trainer_inputs import start_prompts, trainer_inputs
+from .trainer_inputs import start_head, start_prompts, trainer_inputs
 
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ def train(arguments: Arguments, with_test: bool = True) -> dict[str, float]:
     if method.cache_features and task.has_cached_features and features_can_be_fed(training):
         split_point = find_split_point(model, method, data_args.augmentation)
     start_prompts(task, model, rows["train"], method, training)
+    start_head(task, model, rows["train"], method, training)
 
     output_dir = Path(training.output_dir or ".")
     with contextlib.ExitStack() as stack:

@@ -13,12 +13,13 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..heads import trained_modules
 from ..initialization import initialize_prompts
-from ..methods.structure import Classifier, base_model
+from ..methods.structure import Classifier, base_model, find_head
 from ..tasks import Task, get_task
 from ..tasks.base import DEFAULT_TASK
 from ..tuners import GatedVPTConfig, VPTConfig
 from .arguments import MethodArguments, VPTTrainingArguments, parse_args
 from .optim import make_optimizer
+from .probe import start_as_probe
 from .trainer import FiniteValues
 
 
@@ -27,6 +28,7 @@ _START_IMAGES = 1024
 _METHOD_FLAGS = (
     "recipe",
     "init_method",
+    "head_init",
     "base_learning_rate",
     "prompt_learning_rate",
     "head_learning_rate",
@@ -63,8 +65,8 @@ def training_recipe(
         task (`str`): pipeline tag of what the model does; gives collator and metrics.
         start (`bool`): whether prompts and head are set to the recipe's start; False leaves them as they are, to train
             on. A head whose output bias is zero throughout counts as new.
-        flags: fields of `transformers.TrainingArguments`, and `recipe`, `init_method`, `base_learning_rate`,
-            `prompt_learning_rate`, `head_learning_rate`, `prompt_weight_decay`, `head_weight_decay` of
+        flags: fields of `transformers.TrainingArguments`, and `recipe`, `init_method`, `head_init`,
+            `base_learning_rate`, `prompt_learning_rate`, `head_learning_rate`, `prompt_weight_decay`, `head_weight_decay` of
             `vpt-peft train`. What is left out is as the recipe says.
 
     Returns:
@@ -98,6 +100,7 @@ def training_recipe(
         start_prompts(get_task(task), model, train_dataset, arguments.method, arguments.training)
         for wrapper in trained_modules(model):
             _start_at_zero(wrapper.modules_to_save[wrapper.active_adapters[0]])
+        start_head(get_task(task), model, train_dataset, arguments.method, arguments.training)
     return {
         **trainer_inputs(get_task(task), model, arguments.training, train_dataset, eval_dataset),
         "callbacks": [FiniteValues()],
@@ -140,6 +143,36 @@ def start_prompts(
     )
     name = model.active_adapters[0] if isinstance(model, PeftModel) else "default"
     initialize_prompts(model, loader, method=str(method.init_method), adapter_name=name, seed=training.seed)
+
+
+def start_head(
+    task: Task, model: Classifier, rows: Any, method: MethodArguments, training: VPTTrainingArguments
+) -> None:
+    """Start the head as a linear probe, where the recipe does so; takes what `start_prompts` takes.
+
+    Raises:
+        ValueError: the model has no linear head for classes of whole images.
+    """
+    if method.head_init in (None, "zero"):
+        return
+    linears = _trained_linears(model) if task.pipeline_tag == DEFAULT_TASK else []
+    if not linears:
+        raise ValueError(
+            f"head_init='probe' is for a linear head and task={DEFAULT_TASK!r}, not for task={task.pipeline_tag!r} on "
+            f"{type(base_model(model)).__name__}; use 'zero'."
+        )
+    model.to(training.device)  # type: ignore[arg-type]
+    loader: DataLoader = DataLoader(
+        _sample(rows, training.seed), batch_size=training.per_device_eval_batch_size, collate_fn=task.collate
+    )
+    start_as_probe(model, linears[-1], loader, training.seed)
+
+
+def _trained_linears(model: Classifier) -> list[nn.Linear]:
+    """The linear layers of the head that train, in order; the last one is the output layer."""
+    heads = trained_modules(model) if isinstance(model, PeftModel) else find_head(model).values()
+    modules = (module for head in heads for module in head.modules())
+    return [module for module in modules if isinstance(module, nn.Linear) and module.weight.requires_grad]
 
 
 def _check_gathered(task: Task, rows: Any) -> None:
