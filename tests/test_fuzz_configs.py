@@ -72,7 +72,8 @@ def check(kind: str, model: PeftModel) -> None:
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             loaded = PeftModel.from_pretrained(make(kind), folder).eval()
-            assert torch.equal(output(loaded), expected)
+            # The last bit depends on where the loader put the weights
+            assert torch.allclose(output(loaded), expected, rtol=0, atol=1e-13)
         heads = find_parameters(model).heads["default"]  # type: ignore[union-attr]
     if heads:
         # The trained head would stay in the model
