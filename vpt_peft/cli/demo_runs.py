@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -70,13 +71,15 @@ _SHARED = {
 # Few images and epochs, so that the whole table takes under two minutes on two cores
 _COUNT = {"max_train_samples": 300}
 _NAME = {"max_train_samples": 100}
-_STEPS = {"num_train_epochs": 10, "per_device_train_batch_size": 16}
+# What is not chosen on validation images needs few of them
+_STEPS = {"num_train_epochs": 10, "per_device_train_batch_size": 16, "max_eval_samples": 32}
 _PROMPTS = {**_STEPS, "prompt_learning_rate": 0.1, "head_learning_rate": 0.01}
 _FULL = {**_STEPS, "learning_rate": 3e-4, "head_learning_rate": 1e-3}
 # The paper of gated prompts reads MAE backbones by the mean over patches and prompts, before the norm; its features vary
 # little from image to image, so what learns from them takes large steps
 _GATED = {
     "num_train_epochs": 10,
+    "max_eval_samples": 32,
     "pooling": "image_prompt",
     "pool_before_norm": True,
     "prompt_learning_rate": 0.1,
@@ -137,6 +140,7 @@ def run_demo(output_dir: str | Path, seed: int = 0, flags: Mapping[str, Any] | N
             "method": run.method,
             "seed": seed,
             "output_dir": str(folder / run.folder),
+            "disable_tqdm": not sys.stderr.isatty(),
             **_SHARED,
             **run.flags,
             **(flags or {}),

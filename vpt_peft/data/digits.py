@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -62,6 +63,7 @@ def count(digits: Digits) -> tuple[Image.Image, str]:
     return digits.paste(*((digits.draw()[0], _CELL * int(c % 4), _CELL * int(c // 4)) for c in cells)), str(number)
 
 
+@functools.cache
 def make_task(draw: Callable[[Digits], tuple[Image.Image, str]]) -> datasets.DatasetDict:
     """Return pictures that `draw` makes, 400 to train and 300 each to validate and to test, always alike.
 
