@@ -27,11 +27,13 @@ from .recipe_data import prepare
 
 
 ROWS: dict[str, dict[str, Any]] = {
-    **{name: {"method": name} for name in ("linear", "bias", "lora", "adapter", "partial", "full")},
-    **{name: {"method": name} for name in ("vpt_shallow", "vpt", "gated_vpt", "vpt+lora")},
+    **{name: {"method": name} for name in ("linear", "vpt", "lora", "gated_vpt", "vpt_shallow", "bias", "full")},
     "vpt+bias": {"method": "vpt", "bias": ["value", "output", "mlp", "norm"]},
     "vpt+rank": {"method": "vpt", "prompt_rank": 4},
+    **{name: {"method": name} for name in ("vpt+lora", "adapter", "partial")},
 }
+# The papers' way for MAE, whose class token was never trained; heads of other methods read that token
+_STARTS: dict[str, dict[str, Any]] = {"mae": {"pooling": "image_prompt", "pool_before_norm": True}}
 _IMAGES = {"max_train_samples": 200, "max_eval_samples": 200}
 
 
@@ -57,11 +59,14 @@ def make_search(output_dir: Path, shared: Path, size: int, num_trials: int, epoc
         common={"seed": 0, **_IMAGES, "feature_cache_dir": str(output_dir.resolve() / "features")},
         rows=rows,
         data={
-            f"{name}-{start}": {"dataset_name": folder, "model_name_or_path": backbone}
+            f"{name}-{start}": {"dataset_name": folder, "model_name_or_path": backbone, **_STARTS.get(start, {})}
             for start, backbone in backbones.items()
             for name, folder in data.items()
         },
-        spaces={name: {**search_space(row["method"]), "num_train_epochs": list(epochs)} for name, row in rows.items()},
+        spaces={
+            name: {**search_space(row["method"]), "num_train_epochs": list(epochs), "head_init": ["zero", "probe"]}
+            for name, row in rows.items()
+        },
         output_dir=output_dir / "comparison",
         seeds=[0],
         num_trials=num_trials,
