@@ -55,11 +55,16 @@ def make_search(output_dir: Path, shared: Path, size: int, num_trials: int, epoc
     """
     data, backbones = prepare(shared.resolve(), output_dir.resolve(), size)
     rows = available_rows()
+    pools = any("pooling" in METHODS[row["method"]].flags for row in rows.values())
     return Comparison(
         common={"seed": 0, **_IMAGES, "feature_cache_dir": str(output_dir.resolve() / "features")},
         rows=rows,
         data={
-            f"{name}-{start}": {"dataset_name": folder, "model_name_or_path": backbone, **_STARTS.get(start, {})}
+            f"{name}-{start}": {
+                "dataset_name": folder,
+                "model_name_or_path": backbone,
+                **(_STARTS.get(start, {}) if pools else {}),
+            }
             for start, backbone in backbones.items()
             for name, folder in data.items()
         },
