@@ -147,6 +147,7 @@ class Reader(nn.Module):
 
     def __init__(self, classes):
         super().__init__()
+        self.config = SimpleNamespace(num_labels=classes)
         self.noise, self.head = nn.Dropout(0.5), nn.Linear(12, classes)
 
     def forward(self, pixel_values):

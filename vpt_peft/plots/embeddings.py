@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..encoder.trace import in_eval
 from ..tuners.vpt.parameters import find_parameters
 from .figures import COLORS, PATCHES, PROMPTS, new_figure
 from .gates import find_adapter
@@ -107,7 +108,6 @@ def _tokens_entering(
 ) -> dict[int, torch.Tensor]:
     """What enters blocks in a forward pass with one adapter, without its prompts."""
     found: dict[int, torch.Tensor] = {}
-    was_training = model.training
     handles = []
     for index in blocks:
         spec = owner.spec.blocks[index]
@@ -119,11 +119,9 @@ def _tokens_entering(
         # First in line, before prompts come in
         handles.append(block.register_forward_pre_hook(keep, prepend=True, with_kwargs=True))
     try:
-        model.eval()
-        with torch.no_grad(), owner.call([name]):
+        with in_eval(model), torch.no_grad(), owner.call([name]):
             owner.encode(pixel_values)
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     return found
@@ -151,17 +149,15 @@ def embeddings(model: nn.Module, dataloader: Iterable[Any]) -> tuple[torch.Tenso
     seen: list[torch.Tensor] = []
     features, labels = [], []
     handles = [head.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach())) for head in heads]
-    was_training, device = model.training, next(model.parameters()).device
+    device = next(model.parameters()).device
     try:
-        model.eval()
-        with torch.no_grad():
+        with in_eval(model), torch.no_grad():
             for batch in dataloader:
                 seen.clear()
                 model(pixel_values=batch["pixel_values"].to(device))
                 features.append(seen[-1].float().cpu())
                 labels.append(torch.as_tensor(batch["labels"]).cpu())
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     return torch.cat(features), torch.cat(labels)

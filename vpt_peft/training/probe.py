@@ -14,6 +14,7 @@ from torch import nn
 from transformers import EvalPrediction
 from transformers.trainer_utils import TrainOutput
 
+from ..plots.embeddings import embeddings
 from ..tasks import Task
 from .arguments import MethodArguments, VPTTrainingArguments
 from .feature_cache import CachedFeatures
@@ -61,7 +62,7 @@ def fit_head(
     """
     start = time.perf_counter()
     features, labels = _tensors(train_dataset, training.device)
-    scale, centre = features.var(0).mean().sqrt().clamp_min(1e-12), features.mean(0)
+    scale, centre = _spread(features)
     features = (features - centre) / scale
     if eval_dataset is not None:
         held, held_labels = _tensors(eval_dataset, training.device)
@@ -88,10 +89,7 @@ def fit_head(
     best = max(merits, key=lambda penalty: merits[penalty])
     weight, bias = dict(zip(PENALTIES, _regression_path(features, labels, head.out_features), strict=True))[best]
     loss = F.cross_entropy(F.linear(features, weight, bias), labels).item()
-    weight = weight / scale
-    with torch.no_grad():
-        head.weight.copy_(weight)
-        head.bias.copy_(bias - weight @ centre)
+    _fill(head, weight / scale, bias, centre)
     seconds = time.perf_counter() - start
     logger.info("Fitted the head by L-BFGS in %.1f s; chose the penalty %.2g of %d.", seconds, best, len(PENALTIES))
     return TrainOutput(0, loss, {"train_loss": loss, "train_runtime": seconds})
@@ -109,21 +107,9 @@ def start_as_probe(model: nn.Module, head: nn.Linear, batches: Iterable[Mapping[
         batches: model inputs with "labels" `(batch,)`.
         seed: draws the folds.
     """
-    inputs: list[torch.Tensor] = []
-    handle = head.register_forward_pre_hook(lambda _, args: inputs.append(args[0].double()))
-    training = model.training
-    model.eval()
-    try:
-        labels = []
-        for batch in batches:
-            batch = {name: value.to(head.weight.device) for name, value in batch.items()}
-            labels.append(batch.pop("labels"))
-            model(**batch)
-    finally:
-        handle.remove()
-        model.train(training)
-    features, targets = torch.cat(inputs), torch.cat(labels)
-    scale, centre = features.var(0).mean().sqrt().clamp_min(1e-12), features.mean(0)
+    features, targets = embeddings(model, batches)
+    features, targets = features.to(head.weight.device, torch.float64), targets.to(head.weight.device)
+    scale, centre = _spread(features)
     features = (features - centre) / scale
     folds = _folds(targets, seed)
     losses = torch.zeros(len(PENALTIES))
@@ -133,8 +119,19 @@ def start_as_probe(model: nn.Module, head: nn.Linear, batches: Iterable[Mapping[
             losses[place] += F.cross_entropy(F.linear(features[held], *solution), targets[held], reduction="sum")
     best = int(losses.argmin())
     weight, bias = next(islice(_regression_path(features, targets, head.out_features), best, None))
-    head.weight.copy_(weight / scale)
-    head.bias.copy_(bias - weight @ centre / scale)
+    _fill(head, weight / scale, bias, centre)
+
+
+def _spread(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The one scale by which features have a variance of 1 on average, and their centre."""
+    return features.var(0).mean().sqrt().clamp_min(1e-12), features.mean(0)
+
+
+@torch.no_grad()
+def _fill(head: nn.Linear, weight: torch.Tensor, bias: torch.Tensor, centre: torch.Tensor) -> None:
+    """Set a head to weights for features from which their centre is taken."""
+    head.weight.copy_(weight)
+    head.bias.copy_(bias - weight @ centre)
 
 
 def _tensors(dataset: CachedFeatures, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -138,11 +138,14 @@ def start_prompts(
     if method.init_method in (None, "random"):
         return
     model.to(training.device)  # type: ignore[arg-type]
-    loader: DataLoader = DataLoader(
-        _sample(rows, training.seed), batch_size=training.per_device_eval_batch_size, collate_fn=task.collate
-    )
     name = model.active_adapters[0] if isinstance(model, PeftModel) else "default"
-    initialize_prompts(model, loader, method=str(method.init_method), adapter_name=name, seed=training.seed)
+    initialize_prompts(
+        model,
+        _start_batches(task, rows, training),
+        method=str(method.init_method),
+        adapter_name=name,
+        seed=training.seed,
+    )
 
 
 def start_head(
@@ -162,10 +165,7 @@ def start_head(
             f"{type(base_model(model)).__name__}; use 'zero'."
         )
     model.to(training.device)  # type: ignore[arg-type]
-    loader: DataLoader = DataLoader(
-        _sample(rows, training.seed), batch_size=training.per_device_eval_batch_size, collate_fn=task.collate
-    )
-    start_as_probe(model, linears[-1], loader, training.seed)
+    start_as_probe(model, linears[-1], _start_batches(task, rows, training), training.seed)
 
 
 def _trained_linears(model: Classifier) -> list[nn.Linear]:
@@ -187,6 +187,13 @@ def _check_gathered(task: Task, rows: Any) -> None:
             f"task={task.pipeline_tag!r}: Trainer cannot gather the boxes or masks of several processes, and would wait "
             "for ever; leave eval_dataset out, or train by `torchrun --nproc_per_node 2 -m vpt_peft train`."
         )
+
+
+def _start_batches(task: Task, rows: Any, training: VPTTrainingArguments) -> DataLoader:
+    """Batches of the training images from which prompts and head start."""
+    return DataLoader(
+        _sample(rows, training.seed), batch_size=training.per_device_eval_batch_size, collate_fn=task.collate
+    )
 
 
 def _sample(rows: Any, seed: int) -> Dataset:
