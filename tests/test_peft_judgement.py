@@ -19,71 +19,22 @@ Written anew, for prompts of five kinds on four encoders. What does not apply:
 
 from __future__ import annotations
 
-import copy
-import json
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from fuzz_fixtures import MAKERS
+from judged_models import KINDS, PIXELS, REFUSED, attach, base, every, output, still
 from peft import (
     PeftModel,
     get_base_model_state_dict,
     get_peft_model,
-    get_peft_model_state_dict,
     inject_adapter_in_model,
     prepare_model_for_kbit_training,
     set_base_model_state_dict,
 )
-from peft_fixtures import hook_count, images, own_attributes, randomize
-from safetensors.torch import load_file
-from torch import nn
+from peft_fixtures import hook_count, own_attributes, randomize
 
-from vpt_peft import EncoderError, GatedVPTConfig, VPTConfig
-
-
-KINDS: dict[str, Callable[..., VPTConfig]] = {
-    "deep": lambda **given: VPTConfig(num_virtual_tokens=3, **given),
-    "shallow": lambda **given: VPTConfig(num_virtual_tokens=3, deep=False, **given),
-    "partly deep": lambda **given: VPTConfig(num_virtual_tokens=3, layers_to_transform=[0, 2], **given),
-    "pooled": lambda **given: VPTConfig(num_virtual_tokens=3, pooling="image", **given),
-    "gated": lambda **given: GatedVPTConfig(num_virtual_tokens=3, gate_init=0.0, **given),
-}
-ENCODERS = ("vit", "dinov2", "swin", "clip")
-REFUSED = {("clip", "pooled"): "no final norm over all its tokens"}
-BASES: dict[str, nn.Module] = {}
-PIXELS = images(3, torch.float32)
-
-
-def base(encoder: str) -> nn.Module:
-    """A fresh model with the same random weights each time."""
-    if encoder not in BASES:
-        BASES[encoder] = randomize(MAKERS[encoder]()).float().eval()
-    return copy.deepcopy(BASES[encoder])
-
-
-def output(model: nn.Module, **given: Any) -> torch.Tensor:
-    result = model(pixel_values=PIXELS, **given)
-    return result.logits if "logits" in result else result.pooler_output
-
-
-def still(model: nn.Module, **given: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return output(model, **given)
-
-
-def attach(encoder: str, kind: str, name: str = "default", **given: Any) -> PeftModel:
-    """A model in eval mode whose adapter holds values."""
-    model = get_peft_model(base(encoder), KINDS[kind](**given), adapter_name=name)
-    return randomize(model, 1, trainable_only=True).eval()  # type: ignore[return-value]
-
-
-every = pytest.mark.parametrize(
-    ("encoder", "kind"), [(e, k) for e in ENCODERS for k in KINDS if (e, k) not in REFUSED]
-)
+from vpt_peft import EncoderError
 
 
 @pytest.mark.parametrize(("encoder", "kind"), REFUSED)
@@ -124,60 +75,6 @@ def test_low_cpu_mem_usage(encoder: str, kind: str, tmp_path: Path):
     injected = base(encoder)
     inject_adapter_in_model(KINDS[kind](), injected, low_cpu_mem_usage=True)
     assert "meta" in {p.device.type for p in injected.parameters()}
-
-
-@every
-@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pickle"])
-def test_save_pretrained(encoder: str, kind: str, safe: bool, tmp_path: Path):
-    model = attach(encoder, kind)
-    model.add_adapter("other", KINDS[kind]())
-    model.eval().save_pretrained(tmp_path, safe_serialization=safe)
-    name = "adapter_model.safetensors" if safe else "adapter_model.bin"
-    for folder in (tmp_path, tmp_path / "other"):
-        names = {path.name for path in folder.iterdir() if path.is_file()}
-        # One card stands for all
-        assert names - {"README.md"} == {name, "adapter_config.json"} and (tmp_path / "README.md").exists()
-        held = json.loads((folder / "adapter_config.json").read_text())
-        assert held["peft_type"] == model.peft_config["default"].peft_type.value
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        loaded = PeftModel.from_pretrained(base(encoder), tmp_path)
-        result = loaded.load_adapter(tmp_path / "other", "other")
-    assert not result.missing_keys and not any("missing adapter keys" in str(each.message) for each in caught)
-    for key, value in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[key], value), key
-
-
-@every
-def test_only_the_chosen_adapter_is_saved(encoder: str, kind: str, tmp_path: Path):
-    model = attach(encoder, kind)
-    count = len(get_peft_model_state_dict(model))
-    for name in ("default2", "other_default", "foodefault_bar", "efaul"):
-        model.add_adapter(name, KINDS[kind]())
-    model.save_pretrained(tmp_path, selected_adapters=["default"])
-    assert len(load_file(tmp_path / "adapter_model.safetensors")) == count
-    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
-
-
-@every
-def test_a_configuration_that_is_given(encoder: str, kind: str, tmp_path: Path):
-    model = attach(encoder, kind)
-    model.save_pretrained(tmp_path)
-    config = model.peft_config["default"]
-    loaded = PeftModel.from_pretrained(base(encoder), tmp_path, config=config)
-    assert loaded.peft_config["default"] is config and config.inference_mode
-    assert not any(p.requires_grad for p in loaded.parameters())
-
-
-@every
-def test_several_are_loaded(encoder: str, kind: str, tmp_path: Path):
-    attach(encoder, kind).save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(base(encoder), tmp_path)
-    for name in ("other", "yet-another"):
-        assert loaded.load_adapter(tmp_path, name).missing_keys == []
-    expected = still(loaded)
-    loaded.set_adapter("yet-another")
-    assert torch.equal(still(loaded.eval()), expected)
 
 
 @every
